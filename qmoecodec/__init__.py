@@ -1,0 +1,26 @@
+"""Storage format and codec for ternary mixture-of-experts weights below one bit per weight (specification in spec/)."""
+
+from __future__ import annotations
+
+from qmoecodec.codec import count_digits, decode, decode_rows, encode, encode_rows, matvec, matvec_rows
+from qmoecodec.errors import REASONS, EncodeError, FormatError, MissingExtraError, QMoEError
+from qmoecodec.types import Dictionary, Encoded
+
+__version__ = "0.1.0"
+__all__ = [
+    "REASONS",
+    "Dictionary",
+    "EncodeError",
+    "Encoded",
+    "FormatError",
+    "MissingExtraError",
+    "QMoEError",
+    "__version__",
+    "count_digits",
+    "decode",
+    "decode_rows",
+    "encode",
+    "encode_rows",
+    "matvec",
+    "matvec_rows",
+]

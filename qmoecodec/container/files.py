@@ -1,0 +1,142 @@
+"""Files that appear whole or not at all: temporary name beside the target, fsync, one rename."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import secrets
+import shutil
+from collections.abc import Iterator
+from typing import Final
+
+from qmoecodec.errors import FormatError
+
+CHUNK_BYTES: Final = 4 << 20
+Chunk = bytes | bytearray | memoryview
+
+
+def write_at(fd: int, data: Chunk, offset: int) -> int:
+    """Write all of `data` at `offset` and return the offset after it."""
+    view = memoryview(data).cast("B")
+    while len(view):
+        n = os.pwrite(fd, view, offset)
+        view, offset = view[n:], offset + n
+    return offset
+
+
+def read_at(fd: int, begin: int, n_bytes: int) -> bytearray:
+    """Read exactly `n_bytes`, which the caller has bounded by the file's size.
+
+    Raises FormatError: truncated, where the file became shorter meanwhile.
+    """
+    data = bytearray(n_bytes)
+    view = memoryview(data)
+    at = 0
+    while at < n_bytes:
+        n = os.preadv(fd, [view[at : at + (1 << 30)]], begin + at)
+        if n == 0:
+            raise FormatError("truncated", "the file became shorter while it was read", byte=begin + at)
+        at += n
+    return data
+
+
+def read_chunks(fd: int, begin: int, n_bytes: int) -> Iterator[bytearray]:
+    """Yield a range of a file in chunks."""
+    for at in range(0, n_bytes, CHUNK_BYTES):
+        yield read_at(fd, begin + at, min(CHUNK_BYTES, n_bytes - at))
+
+
+def fsync_directory(path: pathlib.Path) -> None:
+    """Make a rename in the directory last."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _temporary_name(path: pathlib.Path) -> pathlib.Path:
+    # No longer than the target's own name plus a few bytes would risk ENAMETOOLONG: the name is cut.
+    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.tmp")
+
+
+@contextlib.contextmanager
+def new_file(path: pathlib.Path) -> Iterator[int]:
+    """Create a file and yield its descriptor; flushed to the disk at the end."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        yield fd
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def atomic_file(path: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.Path]:
+    """Yield a temporary name to create; it takes the place of `path` at the end, or leaves no trace on failure.
+
+    Raises FileExistsError where `path` exists and may not be overwritten, or is a directory.
+    """
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a directory")
+    if not overwrite and path.exists():
+        raise FileExistsError(f"{path} exists")
+    temporary = _temporary_name(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.Path]:
+    """Yield a temporary directory; it takes the place of `path` at the end, or leaves no trace on failure.
+
+    Raises FileExistsError where `path` exists, unless it is an empty directory, or a checkpoint that may be overwritten.
+    """
+    if path.exists() or path.is_symlink():
+        if path.is_symlink() or not path.is_dir():
+            raise FileExistsError(f"{path} exists and is not a directory")
+        names = os.listdir(path)
+        is_checkpoint = "model.safetensors" in names or "model.safetensors.index.json" in names
+        if names and not is_checkpoint:
+            raise FileExistsError(f"{path} is not empty and holds no checkpoint; it is left alone")
+        if names and not overwrite:
+            raise FileExistsError(f"{path} exists")
+    temporary = _temporary_name(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for directory, _, _ in os.walk(temporary):
+            fsync_directory(pathlib.Path(directory))
+        old = _temporary_name(path) if path.exists() else None
+        if old is not None:
+            os.rename(path, old)
+        try:
+            os.rename(temporary, path)
+        except BaseException:
+            if old is not None:
+                os.rename(old, path)
+            raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_directory(path.parent)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def copy_file(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copy a file's bytes (not its times or owner) and flush them to the disk."""
+    fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with new_file(target) as out:
+            at = 0
+            while chunk := os.pread(fd, CHUNK_BYTES, at):
+                at = write_at(out, chunk, at)
+    finally:
+        os.close(fd)

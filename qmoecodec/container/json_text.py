@@ -1,0 +1,197 @@
+"""Strict JSON (spec §2.2): what `json.loads` lets through, this reader rejects, and nesting cannot exhaust the stack."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from json.decoder import scanstring  # type: ignore[attr-defined]  # typeshed leaves it out; the C scanner of strings
+from typing import Any, Final
+
+from qmoecodec.errors import FormatError
+
+MAX_DEPTH: Final = 16
+MAX_NUMBER: Final = 2**63 - 1
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_LITERALS: Final = (("true", True), ("false", False), ("null", None))
+
+
+class Reader:
+    """A recursive descent over one text; the recursion is as deep as `MAX_DEPTH` at most.
+
+    text : valid Unicode (decoded from UTF-8, so without surrogates)
+    base : byte at which the text begins, for the places in errors
+    any_number_below : key of the outermost object below which numbers may be any JSON number (spec §8)
+    """
+
+    __slots__ = ("any_number", "any_number_below", "at", "base", "text")
+
+    def __init__(self, text: str, *, base: int = 0, any_number_below: str | None = None) -> None:
+        self.text = text
+        self.base = base
+        self.at = 0
+        self.any_number = False
+        self.any_number_below = any_number_below
+
+    def fail(self, reason: str, message: str, at: int | None = None) -> FormatError:
+        """Return the error for the place where the reader stands, or for character `at`."""
+        return FormatError(reason, message, byte=self.base + len(self.text[: self.at if at is None else at].encode()))
+
+    def peek(self) -> str:
+        """Skip white space and return the next character, "" at the end."""
+        match = _SPACE.match(self.text, self.at)
+        assert match is not None
+        self.at = match.end()
+        return self.text[self.at : self.at + 1]
+
+    def expect(self, character: str) -> None:
+        """Skip white space and step over `character`."""
+        if self.peek() != character:
+            raise self.fail("header_json", f"expected {character!r}")
+        self.at += 1
+
+    def string(self) -> str:
+        """Read a string; the reader stands before its opening quote or white space."""
+        self.expect('"')
+        start = self.at
+        try:
+            value, self.at = scanstring(self.text, start, True)
+        except json.JSONDecodeError as error:
+            raise self.fail("header_json", error.msg, error.pos) from None
+        if _SURROGATE.search(value):
+            raise self.fail("header_encoding", "a surrogate stands alone", start)
+        return str(value)
+
+    def number(self) -> int | float:
+        """Read a number; only integers in 0..2^63-1 unless any may stand here."""
+        match = _NUMBER.match(self.text, self.at)
+        if match is None:
+            raise self.fail("header_json", "expected a value")
+        literal = match[0]
+        if self.any_number:
+            self.at = match.end()
+            return int(literal) if literal.isdigit() and len(literal) < 20 else float(literal)
+        if not literal.isdigit():
+            raise self.fail("json_number", f"{literal[:40]} is not an integer in 0..2^63-1")
+        if len(literal) > 19 or int(literal) > MAX_NUMBER:
+            raise self.fail("json_number", f"{literal[:40]} is above 2^63-1")
+        self.at = match.end()
+        return int(literal)
+
+    def value(self, depth: int) -> Any:
+        """Read any value; an array or object that begins here is `depth` deep."""
+        character = self.peek()
+        if character == '"':
+            return self.string()
+        if character == "{":
+            return self.object(depth)
+        if character == "[":
+            return self.array(depth)
+        for literal, value in _LITERALS:
+            if self.text.startswith(literal, self.at):
+                self.at += len(literal)
+                return value
+        return self.number()
+
+    def open_nested(self, depth: int) -> None:
+        """Step over the opening bracket of a value `depth` deep."""
+        if depth > MAX_DEPTH:
+            raise self.fail("json_depth", f"values nested more than {MAX_DEPTH} deep")
+        self.at += 1
+
+    def array(self, depth: int) -> list[Any]:
+        """Read an array."""
+        self.open_nested(depth)
+        items: list[Any] = []
+        if self.peek() == "]":
+            self.at += 1
+            return items
+        while True:
+            items.append(self.value(depth + 1))
+            if self.peek() == "]":
+                self.at += 1
+                return items
+            self.expect(",")
+
+    def keys(self, depth: int) -> Iterator[str]:
+        """Step through an object: yield each key with the reader before its value, which the caller reads."""
+        self.peek()
+        self.open_nested(depth)
+        seen: set[str] = set()
+        if self.peek() == "}":
+            self.at += 1
+            return
+        while True:
+            self.peek()
+            start = self.at
+            key = self.string()
+            if key in seen:
+                raise self.fail("duplicate_key", f"key {key[:80]!r} stands twice", start)
+            seen.add(key)
+            self.expect(":")
+            yield key
+            if self.peek() == "}":
+                self.at += 1
+                return
+            self.expect(",")
+
+    def object(self, depth: int) -> dict[str, Any]:
+        """Read an object."""
+        result: dict[str, Any] = {}
+        for key in self.keys(depth):
+            freed = depth == 1 and key == self.any_number_below
+            self.any_number |= freed
+            result[key] = self.value(depth + 1)
+            if freed:
+                self.any_number = False
+        return result
+
+
+def decode_utf8(data: bytes, *, base: int = 0) -> str:
+    """Decode UTF-8 without a byte-order mark; `base` is the byte at which the data begins.
+
+    Raises FormatError: header_encoding.
+    """
+    if data.startswith(b"\xef\xbb\xbf"):
+        raise FormatError("header_encoding", "a byte-order mark", byte=base)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError("header_encoding", error.reason, byte=base + error.start) from None
+
+
+def parse_object(text: str, *, any_number_below: str | None = None) -> dict[str, Any]:
+    """Parse a text that is one JSON object and white space (spec §2.2).
+
+    Raises FormatError: header_json, duplicate_key, json_depth, json_number, header_encoding.
+
+    >>> parse_object('{"a": [1, true]}')
+    {'a': [1, True]}
+    >>> parse_object('{"a": 1, "\\\\u0061": 2}')
+    Traceback (most recent call last):
+    qmoecodec.errors.FormatError: [duplicate_key] key 'a' stands twice (byte 9)
+    """
+    reader = Reader(text, any_number_below=any_number_below)
+    if reader.peek() != "{":
+        raise reader.fail("header_json", "the text is not an object")
+    result = reader.object(1)
+    if reader.peek():
+        raise reader.fail("header_json", "something follows the object")
+    return result
+
+
+def canonical(value: Any) -> str:
+    """Write a value in the canonical form of spec §3.2.
+
+    >>> canonical({"b": [1, "\\u00e9\\x7f"], "a": {}})
+    '{"a":{},"b":[1,"\\\\u00e9\\\\u007f"]}'
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def compact(value: Any) -> str:
+    """Write a value as safetensors does: no spaces, keys in their order, characters as they are."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
