@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qmoecodec.codec import count_digits, decode, decode_rows, encode, encode_rows, matvec, matvec_rows
+from qmoecodec.container import Expert, File, Group, open, pack, unpack, verify
 from qmoecodec.errors import REASONS, EncodeError, FormatError, MissingExtraError, QMoEError
 from qmoecodec.types import Dictionary, Encoded
 
@@ -12,7 +13,10 @@ __all__ = [
     "Dictionary",
     "EncodeError",
     "Encoded",
+    "Expert",
+    "File",
     "FormatError",
+    "Group",
     "MissingExtraError",
     "QMoEError",
     "__version__",
@@ -23,4 +27,8 @@ __all__ = [
     "encode_rows",
     "matvec",
     "matvec_rows",
+    "open",
+    "pack",
+    "unpack",
+    "verify",
 ]

@@ -29,15 +29,15 @@ def _encode_aivf(digits: Sequence[int], dictionary: Dictionary) -> list[int]:
                 nodes.update((state, phrase[:k]) for k in range(len(phrase) + 1))
 
     codewords: list[int] = []
-    state, string = 0, ()  # type: int, tuple[int, ...]
+    state = 0
+    string: tuple[int, ...] = ()
     for digit in digits:
         if (state, (*string, digit)) not in nodes:  # incomplete, and the digit is not 0
             codewords.append(codeword_of[state, string])
             state, string = 1, ()
         string = (*string, digit)
-        codeword = codeword_of.get((state, string))
-        if codeword is not None and codeword < dictionary.threshold:  # a leaf
-            codewords.append(codeword)
+        if codeword_of.get((state, string), dictionary.threshold) < dictionary.threshold:  # a leaf
+            codewords.append(codeword_of[state, string])
             state, string = 0, ()
     if string:
         while (state, string) not in codeword_of:

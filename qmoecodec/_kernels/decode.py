@@ -193,7 +193,7 @@ def matvec_gather(
     room = _room(row_lengths)
     codewords, line = np.empty(room, np.uint16), np.empty(room, np.uint32)
     limit = uint64(3 * cols)
-    field = uint64(0x7FFF)
+    field = uint64(0xFFFF)
     for r in range(len(row_lengths)):
         n = int64(row_lengths[r])
         if not index_row(codes, row_starts[r], n, code_bits, threshold, codewords, line):
@@ -210,7 +210,7 @@ def matvec_gather(
                 a = add_pair(a, spread, position + (entry >> uint64(16) & field))
                 b = add_pair(b, spread, position + (entry >> uint64(32) & field))
                 if three:
-                    c = add_pair(c, spread, position + (entry >> uint64(48) & field))
+                    c = add_pair(c, spread, position + (entry >> uint64(48) & uint64(0x7FFF)))
                 length = entry & field
                 position += length
                 seen |= entry

@@ -78,6 +78,8 @@ def atomic_file(path: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.Path
 
     Raises FileExistsError where `path` exists and may not be overwritten, or is a directory.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is not a directory")
     if path.is_dir():
         raise FileExistsError(f"{path} is a directory")
     if not overwrite and path.exists():
@@ -98,6 +100,8 @@ def atomic_directory(path: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib
 
     Raises FileExistsError where `path` exists, unless it is an empty directory, or a checkpoint that may be overwritten.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is not a directory")
     if path.exists() or path.is_symlink():
         if path.is_symlink() or not path.is_dir():
             raise FileExistsError(f"{path} exists and is not a directory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -146,26 +147,22 @@ def to_text(metadata: Metadata) -> str:
 
 
 def _bad(message: str, **where: object) -> FormatError:
-    return FormatError("metadata_schema", message, **where)
+    return FormatError("metadata_schema", message).at(**where)
 
 
-def _take(
-    value: Any, types: Mapping[str, type], what: str, optional: Mapping[str, type] | None = None, **where: object
-) -> dict[str, Any]:
+def _take(value: Any, types: Mapping[str, type], what: str, **where: object) -> dict[str, Any]:
     """Return the keys of an object that this version defines, checked to be there and of their type."""
     if not isinstance(value, dict):
         raise _bad(f"{what} is not an object", **where)
-    known = {**types, **(optional or {})}
     for key in value:
-        if key not in known and not key.startswith("x-"):
+        if key not in types and not key.startswith("x-"):
             raise _bad(f"{what} has an unknown key {key[:80]!r}", **where)
-    for key, kind in known.items():
+    for key, kind in types.items():
         if key not in value:
-            if key in types:
-                raise _bad(f"{what} has no {key!r}", **where)
-        elif not isinstance(value[key], kind) or isinstance(value[key], bool):
+            raise _bad(f"{what} has no {key!r}", **where)
+        if not isinstance(value[key], kind) or isinstance(value[key], bool):
             raise _bad(f"{key!r} of {what} is not of type {_JSON_TYPES[kind]}", **where)
-    return {key: value[key] for key in known if key in value}
+    return {key: value[key] for key in types}
 
 
 _JSON_TYPES: Final = {str: "string", int: "integer", list: "array", dict: "object"}
@@ -213,7 +210,7 @@ def from_text(text: str) -> Metadata:
         raise _bad(f"{len(top['dictionaries'])} dictionaries, more than {MAX_DICTIONARIES}")
     dictionaries = tuple(_dictionary(d, i) for i, d in enumerate(top["dictionaries"]))
     groups = tuple(_group(g) for g in top["groups"])
-    for before, after in zip(groups, groups[1:], strict=False):
+    for before, after in itertools.pairwise(groups):
         if before.name >= after.name:
             raise _bad("groups are not sorted by name, without duplicates", group=after.name)
     passthrough: dict[str, int] = {}
@@ -229,7 +226,7 @@ def from_text(text: str) -> Metadata:
 def _features(value: list[Any], key: str) -> tuple[str, ...]:
     if not all(isinstance(f, str) for f in value):
         raise _bad(f"{key} is not an array of strings")
-    if any(a >= b for a, b in zip(value, value[1:], strict=False)):
+    if any(a >= b for a, b in itertools.pairwise(value)):
         raise _bad(f"{key} is not sorted, without duplicates")
     return tuple(value)
 
@@ -268,9 +265,9 @@ def _group(value: Any) -> GroupInfo:
     if g["layout"] == "matrix" and shape[0] != 1:
         raise _bad(f"{shape[0]} experts in a matrix", **place)
     if max(shape) > MAX_DIM or shape[0] * shape[1] * shape[2] > MAX_WEIGHTS:
-        raise FormatError("shape_overflow", f"shape {shape}", **place)
+        raise FormatError("shape_overflow", f"shape {shape}").at(**place)
     if g["name"].startswith(RESERVED_PREFIX) or g["source"].startswith(RESERVED_PREFIX):
-        raise FormatError("reserved_name", **place)
+        raise FormatError("reserved_name").at(**place)
     return GroupInfo(
         g["name"],
         g["layout"],

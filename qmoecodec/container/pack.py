@@ -23,7 +23,7 @@ from qmoecodec.container.source import Source, SourceTensor, check_apart, copy_o
 from qmoecodec.container.ternary import BITS_TYPE, split_rows
 from qmoecodec.container.writer import Piece, write_packed
 from qmoecodec.errors import EncodeError, FormatError
-from qmoecodec.types import AnyArray, Dictionary, Int8Array
+from qmoecodec.types import AnyArray, Dictionary, Encoded, Int8Array
 
 #: What `pack` and `unpack` call now and then: stage, bytes done, bytes in all.
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -346,7 +346,7 @@ class _Writer:
         dtype, narrow = ("U8", np.uint8) if widest < 1 << 8 else ("U16", np.uint16) if widest < 1 << 16 else ("U32", np.uint32)
         stored = row_lengths.astype(narrow)
         for e in range(experts):
-            crcs[e] = zlib.crc32(levels[e], zlib.crc32(stored[e], crcs[e]))
+            crcs[e] = zlib.crc32(levels[e].data, zlib.crc32(stored[e].data, crcs[e]))
         n_codes = self._spool_end - start
         info = GroupInfo(
             name,
@@ -377,7 +377,7 @@ class _Writer:
         return group, ""
 
     def _encode_batch(self, candidate: Candidate, shape: tuple[int, ...], first: int, n: int,
-                      levels: AnyArray) -> codec.Encoded:  # fmt: skip
+                      levels: AnyArray) -> Encoded:  # fmt: skip
         _, rows, cols = shape
         digits = np.empty((n, rows, cols), np.int8)
         for e in range(n):
@@ -425,8 +425,8 @@ class _Writer:
         index = np.array([place[i] for i in group.dictionary_index], np.uint8)
         checksums = np.empty(len(index), np.uint32)
         for e, crc in enumerate(group.crcs):
-            crc = zlib.crc32(index[e : e + 1], crc)
-            checksums[e] = zlib.crc32(group.code_offsets[e : e + 2], crc)
+            crc = zlib.crc32(index[e : e + 1].data, crc)
+            checksums[e] = zlib.crc32(group.code_offsets[e : e + 2].data, crc)
 
         def spooled(begin: int, n_bytes: int) -> Callable[[], Iterator[Chunk]]:
             return lambda: read_chunks(self._spool, begin, n_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import pathlib
@@ -55,11 +56,11 @@ def _check_tensor(tensors: Mapping[str, TensorInfo], name: str, dtypes: tuple[st
     """Check dtype and shape of a tensor of this format; shape None for one dimension of any size."""
     info = tensors.get(name)
     if info is None:
-        raise FormatError("missing_tensor", tensor=name, **where)
+        raise FormatError("missing_tensor", tensor=name).at(**where)
     if info.dtype not in dtypes:
-        raise FormatError("role_dtype", f"dtype {info.dtype}, not {' or '.join(dtypes)}", tensor=name, **where)
+        raise FormatError("role_dtype", f"dtype {info.dtype}, not {' or '.join(dtypes)}", tensor=name).at(**where)
     if info.shape != shape if shape is not None else len(info.shape) != 1:
-        raise FormatError("role_shape", f"shape {list(info.shape)}, not {list(shape or ['n'])}", tensor=name, **where)
+        raise FormatError("role_shape", f"shape {list(info.shape)}, not {list(shape or ['n'])}", tensor=name).at(**where)
 
 
 def check_structure(header: Header, metadata: Metadata) -> None:
@@ -156,10 +157,8 @@ class PackedFile:
     def close(self) -> None:
         """Close the file; arrays that were handed out keep the memory map alive."""
         if self._map is not None:
-            try:
+            with contextlib.suppress(BufferError):  # then it is freed with the last array
                 self._map.close()
-            except BufferError:
-                pass  # freed with the last array
             self._map = None
         if self.fd >= 0:
             os.close(self.fd)

@@ -7,7 +7,6 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 

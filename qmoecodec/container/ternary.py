@@ -67,8 +67,9 @@ def to_float(bits: AnyArray, *, dtype: str, to: Any) -> AnyArray:
     [1.0]
     """
     if dtype == "BF16":
-        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(to)
-    return bits.view(NUMPY_TYPE[dtype]).astype(to)
+        bits, dtype = bits.astype(np.uint32) << np.uint32(16), "F32"
+    numbers: AnyArray = bits.view(NUMPY_TYPE[dtype]).astype(to)
+    return numbers
 
 
 def check_levels(levels: AnyArray, *, dtype: str, first_row: int = 0) -> None:

@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-
 from qmoecodec.container.files import Chunk, new_file, write_at
 from qmoecodec.container.header import DTYPE_SIZES, MAX_TENSORS, TensorInfo, header_bytes, lay_out
 from qmoecodec.container.metadata import (
@@ -19,9 +18,7 @@ from qmoecodec.container.metadata import (
     Metadata,
     to_text,
 )
-
 from qmoecodec.types import Dictionary
-
 
 
 @dataclass(frozen=True, slots=True)

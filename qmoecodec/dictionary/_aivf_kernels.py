@@ -178,7 +178,7 @@ def best_threshold(
     """The threshold in first..last that gives most digits per codeword, the least one of several.
 
     Tries 256 thresholds and then all those near the best one: the trees' digits rise and fall slowly. Against all
-    thresholds of 12 and 16 bits this lost nothing on 60 random sets of probabilities.
+    thresholds this lost nothing on 60 random sets of probabilities with 12 bits, and on 9 with 16 bits.
     Returns (threshold, digits per codeword).
     """
     best, best_digits = first, -1.0

@@ -11,7 +11,8 @@ Extending a node of probability P adds P*P(0) digits and the probability P*(1 - 
 turns the latter into digits. So both are worth a fixed multiple of P, whatever the next state is worth, and the best
 tree completes the C most probable nodes there are, and extends the E most probable of those that then exist. What remains
 is the threshold, found by trying: a trial takes microseconds, since nodes are counted by type (`_aivf_kernels`).
-Bounds by Lagrange duality leave 0.01% to 0.07% between this rate and that of the best trees of any shape.
+Bounds by Lagrange duality, computed for eight symmetric cases of 8 and 12 bits, leave at most 0.07% between this rate and
+that of any trees with the same threshold.
 
 The result is the same on every machine: it rests on IEEE multiplication, addition, division and comparison alone, in a fixed
 order. Nobody but an encoder needs it, as files carry their dictionaries.

@@ -33,7 +33,9 @@ def parse(data: bytes, *, kind: DictionaryKind, code_bits: int, threshold: int) 
     raise ValueError(f"no dictionary kind {kind!r}")
 
 
-def _assemble(kind: DictionaryKind, code_bits: int, threshold: int, phrases: Sequence[Sequence[bytes]], data: bytes) -> Dictionary:
+def _assemble(
+    kind: DictionaryKind, code_bits: int, threshold: int, phrases: Sequence[Sequence[bytes]], data: bytes
+) -> Dictionary:
     """Lay phrases[state][codeword] (b"" where unused) out as arrays."""
     lengths = np.array([[len(p) for p in state] for state in phrases], np.uint8)
     ends = np.cumsum(lengths.reshape(-1), dtype=np.uint32).reshape(lengths.shape)
