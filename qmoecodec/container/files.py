@@ -57,8 +57,8 @@ def fsync_directory(path: pathlib.Path) -> None:
 
 
 def _temporary_name(path: pathlib.Path) -> pathlib.Path:
-    # No longer than the target's own name plus a few bytes would risk ENAMETOOLONG: the name is cut.
-    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.tmp")
+    stem = path.name.encode(errors="replace")[:100].decode(errors="ignore")  # with the rest still a legal file name
+    return path.with_name(f".{stem}.{secrets.token_hex(6)}.tmp")
 
 
 @contextlib.contextmanager
@@ -117,20 +117,20 @@ def atomic_directory(path: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib
         yield temporary
         for directory, _, _ in os.walk(temporary):
             fsync_directory(pathlib.Path(directory))
-        old = _temporary_name(path) if path.exists() else None
-        if old is not None:
-            os.rename(path, old)
+        old = _temporary_name(path)
         try:
+            if path.exists():
+                os.rename(path, old)
             os.rename(temporary, path)
         except BaseException:
-            if old is not None:
+            if old.exists() and not path.exists():
                 os.rename(old, path)
             raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_directory(path.parent)
-    if old is not None:
+    if old.exists():
         shutil.rmtree(old)
 
 

@@ -176,10 +176,18 @@ class PackedFile:
         first = self.header.data_begin + info.begin + begin
         if self._map is None:
             return read_at(self.fd, first, end - begin)
-        # Reading a map beyond the end of its file kills the process.
-        if os.fstat(self.fd).st_size < self.n_file:
-            raise FormatError("truncated", "the file became shorter while it was open", tensor=name)
+        self.check_size()
         return memoryview(self._map)[first : first + end - begin]
+
+    def check_size(self) -> None:
+        """Check that the file is as long as it was when opened: reading a map beyond its file's end kills the process.
+
+        Raises FormatError: truncated; ValueError where the file is closed.
+        """
+        if self.fd < 0:
+            raise ValueError(f"{self.path} is closed")
+        if os.fstat(self.fd).st_size < self.n_file:
+            raise FormatError("truncated", "the file became shorter while it was open", file=self.path.name)
 
     def dictionary(self, index: int) -> Dictionary:
         """Return a dictionary of the bank (spec §4)."""

@@ -36,6 +36,7 @@ def decode_expert(group: GroupData, expert: int, parts: ExpertData, begin: int, 
     Returns int8[end - begin, cols].
     Raises FormatError: the reasons of spec §5, level_zero; with group, expert and row.
     """
+    group.file.check_size()
     cols = group.info.shape[2]
     starts = parts.row_starts
     codes = parts.codes[int(starts[begin]) : int(starts[end])]
