@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,14 +47,16 @@ def test_every_flipped_bit_and_every_prefix_is_refused(tmp_path: Path) -> None:
 
     path.write_bytes(original)
     assert not refused()
-    for bit in range(8 * len(original)):
-        damaged = bytearray(original)
-        damaged[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(damaged)
-        assert refused(), f"bit {bit % 8} of byte {bit // 8}"
-    for length in range(len(original)):
-        path.write_bytes(original[:length])
-        assert refused(), f"{length} bytes"
+    with path.open("r+b", buffering=0) as file:  # changed in place: much faster than writing it anew
+        for bit in range(8 * len(original)):
+            at = bit // 8
+            os.pwrite(file.fileno(), bytes([original[at] ^ 1 << bit % 8]), at)
+            assert refused(), f"bit {bit % 8} of byte {at}"
+            os.pwrite(file.fileno(), original[at : at + 1], at)
+        assert not refused()
+        for length in reversed(range(len(original))):
+            file.truncate(length)
+            assert refused(), f"{length} bytes"
 
 
 @pytest.mark.parametrize("deep", [False, True])
