@@ -222,16 +222,18 @@ def _scan(source: Source, dictionary: DictionaryChoice, code_bits: CodeBits, met
 
 @dataclass(slots=True)
 class _EncodedGroup:
-    """A group in the spool: (begin, bytes) of three role tensors, and the small ones.
+    """A group in the spool: three role tensors back to back, and the small ones here.
 
+    start : byte of the spool;  n_codes, n_row_lengths, n_levels : bytes of `codes`, `row_lengths` and `levels`
     crcs : per expert, over codes, row lengths and levels; the rest follows when the file's bank is known
     """
 
     info: GroupInfo
-    codes: tuple[int, int]
-    row_lengths: tuple[int, int]
+    start: int
+    n_codes: int
+    n_row_lengths: int
+    n_levels: int
     row_length_dtype: str
-    levels: tuple[int, int]
     code_offsets: AnyArray
     dictionary_index: list[int]
     crcs: list[int]
@@ -239,7 +241,11 @@ class _EncodedGroup:
     @property
     def n_bytes(self) -> int:
         experts = self.info.shape[0]
-        return self.codes[1] + self.row_lengths[1] + self.levels[1] + 8 * (experts + 1) + 5 * experts
+        return self.n_spooled + 8 * (experts + 1) + 5 * experts
+
+    @property
+    def n_spooled(self) -> int:
+        return self.n_codes + self.n_row_lengths + self.n_levels
 
 
 class _Writer:
@@ -286,15 +292,19 @@ class _Writer:
             if self._groups or self._tensors or not self.parts:
                 self._write(part_path(len(self.parts)))
 
-    def _make_room(self, n_bytes: int, part_path: Callable[[int], pathlib.Path]) -> None:
+    def _make_room(self, n_bytes: int, part_path: Callable[[int], pathlib.Path]) -> bool:
+        """Write a file where another `n_bytes` are too many for it; return whether it was."""
         n_tensors = 6 * len(self._groups) + len(self._tensors)
         full = self.max_bytes is not None and (self._n_bytes + n_bytes > self.max_bytes or n_tensors > _SHARD_TENSORS)
         if full and n_tensors:
             self._write(part_path(len(self.parts)))
+        return full and n_tensors > 0
 
     def _add_tensor(self, name: str, reason: str, part_path: Callable[[int], pathlib.Path]) -> None:
         tensor = self.source.tensors[name]
-        self._make_room(tensor.n_bytes, part_path)
+        if self._make_room(tensor.n_bytes, part_path):
+            self._spool_end = 0
+            os.ftruncate(self._spool, 0)
         self.passed.append(PassedTensor(name, tensor.dtype, tensor.shape, tensor.n_bytes, reason))
         self._tensors.append(name)
         self._n_bytes += tensor.n_bytes
@@ -305,7 +315,13 @@ class _Writer:
         self.packed.append(
             PackedGroup(info.name, info.layout, info.source, info.dtype, info.shape, group.n_bytes, n_dense)
         )
-        self._make_room(group.n_bytes, part_path)
+        if self._make_room(group.n_bytes, part_path):
+            # The groups before it are written: it moves to the front of the spool.
+            at = 0
+            for chunk in read_chunks(self._spool, group.start, group.n_spooled):
+                at = write_at(self._spool, chunk, at)
+            group.start, self._spool_end = 0, at
+            os.ftruncate(self._spool, at)
         self._groups.append(group)
         self._n_bytes += group.n_bytes
 
@@ -347,7 +363,6 @@ class _Writer:
         stored = row_lengths.astype(narrow)
         for e in range(experts):
             crcs[e] = zlib.crc32(levels[e].data, zlib.crc32(stored[e].data, crcs[e]))
-        n_codes = self._spool_end - start
         info = GroupInfo(
             name,
             candidate.layout,
@@ -360,10 +375,11 @@ class _Writer:
         )
         group = _EncodedGroup(
             info,
-            (start, n_codes),
-            (start + n_codes, stored.nbytes),
+            start,
+            self._spool_end - start,
+            stored.nbytes,
+            levels.nbytes,
             dtype,
-            (start + n_codes + stored.nbytes, levels.nbytes),
             code_offsets,
             index,
             crcs,
@@ -407,8 +423,6 @@ class _Writer:
         self.contents.append([piece.name for piece in (*roles, *passthrough)])
         self.n_tensor_bytes += sum(piece.n_bytes for piece in (*roles, *passthrough))
         self._groups, self._tensors, self._n_bytes = [], [], 0
-        os.ftruncate(self._spool, 0)
-        self._spool_end = 0
 
     def _tensor_piece(self, name: str) -> Piece:
         tensor = self.source.tensors[name]
@@ -434,14 +448,16 @@ class _Writer:
         def array(values: AnyArray) -> Callable[[], list[Chunk]]:
             return lambda: [values.view(np.uint8).data]
 
-        shapes = {"codes": (group.codes[1],), **role_shapes(info)}
+        shapes = {"codes": (group.n_codes,), **role_shapes(info)}
+        row_lengths = group.start + group.n_codes
+        levels = row_lengths + group.n_row_lengths
         return [
             Piece(role_name(info.name, role), dtype, shapes[role], chunks)
             for role, dtype, chunks in (
-                ("codes", "U8", spooled(*group.codes)),
+                ("codes", "U8", spooled(group.start, group.n_codes)),
                 ("code_offsets", "U64", array(group.code_offsets)),
-                ("row_lengths", group.row_length_dtype, spooled(*group.row_lengths)),
-                ("levels", info.dtype, spooled(*group.levels)),
+                ("row_lengths", group.row_length_dtype, spooled(row_lengths, group.n_row_lengths)),
+                ("levels", info.dtype, spooled(levels, group.n_levels)),
                 ("dictionary_index", "U8", array(index)),
                 ("checksums", "U32", array(checksums)),
             )

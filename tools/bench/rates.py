@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import qmoecodec as q
+from qmoecodec.inspect import inspect
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -19,7 +20,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def whole_file(source: Path, target: Path, n_weights: int, **options: object) -> tuple[float, float, float]:
     """Pack one file; return bits/weight of the whole file (dense tensors apart), of the groups, and of their payload."""
     q.pack(source, target, overwrite=True, **options)
-    totals = q.inspect(target)["totals"]
+    totals = inspect(target)["totals"]
     passthrough = totals.get("passthrough_bytes", 0)
     size = 8 * (target.stat().st_size - passthrough) / n_weights
     return size, totals["bits_per_weight"], totals["payload_bits_per_weight"]
