@@ -13,6 +13,7 @@ from qmoecodec import codec
 from qmoecodec.container.naming import role_name
 from qmoecodec.container.packed import ExpertData, GroupData, PackedFile
 from qmoecodec.container.reader import File, decode_expert
+from qmoecodec.container.writer import dictionary_name
 from qmoecodec.errors import EncodeError, FormatError
 from qmoecodec.types import Int8Array
 
@@ -76,10 +77,12 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> VerifyReport:
     with opened as source:
         several = len(source.files) > 1
         for file in source.files:
+            broken: set[object] = set()  # dictionaries that are reported already, not again by each of their experts
             for index in range(len(file.metadata.dictionaries)):
                 try:
                     file.dictionary(index)
                 except FormatError as error:
+                    broken.add(dictionary_name(index))
                     note(error, file)
             for info in file.metadata.groups:
                 n_groups += 1
@@ -91,7 +94,8 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> VerifyReport:
                 for expert in range(info.shape[0]):
                     n_experts += 1
                     for found in _check_expert(group, expert, deep=deep):
-                        note(found, file)
+                        if found.where.get("tensor") not in broken:
+                            note(found, file)
                 if deep:
                     for found in _check_row_lengths(group):
                         note(found, file)

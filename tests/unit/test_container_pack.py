@@ -622,7 +622,7 @@ def test_wrong_inputs(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     assert caught.value.reason == "truncated"
     assert not (tmp_path / "q.safetensors").exists()
     assert not (tmp_path / "out").exists()
-    assert not [p for p in tmp_path.rglob(".*")]
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_metadata_that_differs_between_shards_is_reported(tmp_path: pathlib.Path) -> None:

@@ -1,0 +1,306 @@
+"""The command line: exit codes, what goes to which stream, one line per error."""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+import safetensors.numpy
+from click.testing import CliRunner, Result
+
+from qmoecodec import cli
+from qmoecodec.cli import ByteSize, main
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def model(tmp_path: pathlib.Path) -> pathlib.Path:
+    rng = np.random.default_rng(0)
+    tensors: dict[str, Any] = {
+        f"m.experts.{i}.w": rng.choice([-0.5, 0, 0.5], (40, 60), p=[0.1, 0.8, 0.1]).astype(np.float32) for i in range(3)
+    }
+    tensors |= {"bias": rng.standard_normal(5), "dense": rng.standard_normal((5, 5)), "ids": np.arange(3)}
+    tensors["narrow"] = np.ones((50, 1), np.float32)
+    path = tmp_path / "model.safetensors"
+    safetensors.numpy.save_file(tensors, path)
+    return path
+
+
+@pytest.fixture
+def packed(model: pathlib.Path) -> pathlib.Path:
+    path = model.parent / "packed.safetensors"
+    assert call("pack", model, "-o", path).exit_code == 0
+    return path
+
+
+def test_pack_and_unpack(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    result = call("pack", model, "-o", tmp_path / "p.safetensors")
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    assert "1 groups of 3 experts, 7,200 weights" in result.stdout
+    assert "1 tensors stored as they are: not smaller" in result.stdout
+    result = call("unpack", tmp_path / "p.safetensors", "-o", tmp_path / "u.safetensors")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert (tmp_path / "u.safetensors").read_bytes() == model.read_bytes()
+
+
+def test_json_of_pack_and_unpack(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "p.safetensors"
+    report = json.loads(call("pack", model, "-o", out, "--json").stdout)
+    assert report["schema"] == 1
+    assert report["n_packed_bytes"] == out.stat().st_size
+    assert [g["shape"] for g in report["groups"]] == [[3, 40, 60]]
+    assert {t["name"]: t["reason"].split(":")[0] for t in report["passthrough"]} == {
+        "bias": "rank 1",
+        "dense": "not ternary",
+        "ids": "dtype I64",
+        "narrow": "not smaller",
+    }
+    report = json.loads(call("unpack", out, "-o", tmp_path / "u.safetensors", "--json").stdout)
+    assert (report["schema"], report["n_dense_bytes"]) == (1, model.stat().st_size)
+
+
+def test_options_reach_the_library(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    for options, bits in ((("--code-bits", 12), 12), (("--dictionary", "qmoe-2023"), 16), (("--threads", 1), 8)):
+        call("pack", model, "-o", tmp_path / "p.safetensors", *options)
+        report = json.loads(call("inspect", tmp_path / "p.safetensors", "--json").stdout)
+        assert {g["code_bits"] for g in report["groups"]} == {bits}
+    folder = tmp_path / "in"
+    folder.mkdir()
+    model.rename(folder / "model.safetensors")
+    result = call("pack", folder, "-o", tmp_path / "out", "--max-shard-size", "1KB")
+    assert result.exit_code == 0
+    assert (tmp_path / "out/model.safetensors.index.json").exists()
+    result = call("pack", folder, "-o", tmp_path / "out", "--no-overwrite")
+    assert result.exit_code == 1
+    assert result.stderr == f"error: {tmp_path / 'out'} exists\n"
+
+
+def test_inspect(packed: pathlib.Path, model: pathlib.Path) -> None:
+    report = json.loads(call("inspect", packed, "--json").stdout)
+    assert report["schema"] == 1
+    assert report["format_version"] == "1.0"
+    totals = report["totals"]
+    assert {"n_weights", "bits_per_weight", "payload_bits_per_weight", "entropy_bits_per_weight", "file_bytes",
+            "dense_bytes"} <= totals.keys()  # fmt: skip
+    assert totals["n_weights"] == 7200
+    assert totals["file_bytes"] == packed.stat().st_size
+    (group,) = report["groups"]
+    weights = [safetensors.numpy.load_file(model)[f"m.experts.{i}.w"] for i in range(3)]
+    counts = [int(sum(f(w).sum() for w in weights)) for f in (lambda w: w == 0, lambda w: w < 0, lambda w: w > 0)]
+    assert group["counts"] == counts
+    assert group["zeros"] == counts[0] / 7200
+    entropy = 0.0
+    for w in weights:
+        p = np.array([(w == 0).mean(), (w < 0).mean(), (w > 0).mean()])
+        entropy -= float((p * np.log2(p)).sum()) / 3
+    assert group["entropy_bits_per_weight"] == pytest.approx(entropy)
+    assert group["ratio"] == pytest.approx(group["payload_bits_per_weight"] / entropy)
+    assert 1 < group["ratio"] < 1.2
+    stored = safetensors.numpy.load_file(packed)
+    parts = {n.removeprefix("m.experts.w_"): v.nbytes for n, v in stored.items() if n.startswith("m.experts.w_")}
+    assert group["role_bytes"] == parts
+    assert group["bytes"] == sum(parts.values())
+    assert group["bits_per_weight"] == 8 * sum(parts.values()) / 7200
+    dictionaries = sum(v.nbytes for n, v in stored.items() if n.startswith("qmoecodec.dictionary"))
+    assert totals["bits_per_weight"] == 8 * (sum(parts.values()) + dictionaries) / 7200
+    pieces = ("group_bytes", "dictionary_bytes", "passthrough_bytes", "header_bytes")
+    assert sum(totals[p] for p in pieces) + 4 == packed.stat().st_size  # 4: the header's checksum
+    assert {t["name"]: t["reason"] for t in report["passthrough"]} == {
+        "bias": "rank 1",
+        "dense": "not ternary: row 0",
+        "ids": "dtype I64",
+        "narrow": "ternary, but not smaller when packed",
+    }
+
+
+def test_inspect_for_people(packed: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    result = call("inspect", packed)
+    assert result.exit_code == 0
+    assert "m.experts.w" in result.stdout
+    assert "3 x 40 x 60" in result.stdout
+    assert "not ternary" in result.stdout
+    safetensors.numpy.save_file({}, tmp_path / "nothing.safetensors")
+    result = call("pack", tmp_path / "nothing.safetensors", "-o", tmp_path / "p")
+    assert result.stderr == "note: no ternary matrix was found\n"
+    assert call("inspect", tmp_path / "p").exit_code == 0
+    assert json.loads(call("inspect", tmp_path / "p", "--json").stdout)["totals"]["bits_per_weight"] is None
+
+
+def test_inspect_of_a_directory(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    model.rename(folder / "model.safetensors")
+    call("pack", folder, "-o", tmp_path / "out", "--max-shard-size", "1KB")
+    report = json.loads(call("inspect", tmp_path / "out", "--json").stdout)
+    assert len(report["files"]) > 1
+    assert report["totals"]["file_bytes"] == sum(f["bytes"] for f in report["files"])
+    assert call("verify", tmp_path / "out", "--deep").exit_code == 0
+
+
+def test_verify(packed: pathlib.Path) -> None:
+    result = call("verify", packed, "--deep")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.endswith("fine (1 groups, 3 experts, 4 other tensors checked)\n")
+    data = bytearray(packed.read_bytes())
+    data[-1] ^= 1
+    packed.write_bytes(data)
+    result = call("verify", packed)
+    assert result.exit_code == 3
+    assert "[checksum]" in result.stdout
+    assert "1 problem (" in result.stdout
+    result = call("verify", packed, "--json")
+    assert result.exit_code == 3
+    report = json.loads(result.stdout)
+    assert report["schema"] == 1
+    assert report["ok"] is False
+    assert report["problems"][0]["reason"] == "checksum"
+
+
+def test_errors_are_one_line(model: pathlib.Path, packed: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "void").mkdir()
+    for arguments, text in (
+        (("unpack", model, "-o", tmp_path / "u"), "["),
+        (("inspect", model), "["),
+        (("pack", packed, "-o", tmp_path / "u"), "is already packed"),
+        (("pack", model, "-o", model), "are the same"),
+        (("pack", model, "-o", tmp_path / "no/where"), "is not a directory"),
+        (("pack", tmp_path / "void", "-o", tmp_path / "u"), "holds neither"),
+    ):
+        result = call(*arguments)
+        assert result.exit_code == 1, arguments
+        assert result.stdout == ""
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
+        assert text in result.stderr
+    result = call("inspect", model, "--json")
+    assert result.exit_code == 1
+    document = json.loads(result.stdout)
+    assert document["schema"] == 1
+    assert document["error"]["reason"] in ("header_schema", "not_packed")
+
+
+def test_usage_errors(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    for arguments in (
+        ("pack", model),
+        ("pack", tmp_path / "gone", "-o", "x"),
+        ("pack", model, "-o", tmp_path / "x", "--code-bits", "9"),
+        ("pack", model, "-o", tmp_path / "x", "--dictionary", "qmoe-2023", "--code-bits", "8"),
+        ("pack", model, "-o", tmp_path / "x", "--max-shard-size", "0"),
+        ("pack", model, "-o", tmp_path / "x", "--max-shard-size", "5 apples"),
+        ("pack", model, "-o", tmp_path / "x", "--threads", "0"),
+        ("frobnicate",),
+    ):
+        assert call(*arguments).exit_code == 2, arguments
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [("5GB", 5 * 10**9), ("500 MB", 5 * 10**8), ("4GiB", 4 * 2**30), ("7", 7), ("1k", 1000), ("12B", 12)],
+)
+def test_sizes(text: str, n_bytes: int) -> None:
+    assert ByteSize().convert(text, None, None) == n_bytes
+
+
+# --- commands of other packages
+
+
+class FakeEntry:
+    """An entry point that loads, or fails to."""
+
+    def __init__(self, name: str, result: object, module: str = "other.cli") -> None:
+        self.name, self.module, self._result = name, module, result
+
+    def load(self) -> object:
+        if isinstance(self._result, BaseException):
+            raise self._result
+        return self._result
+
+
+@pytest.fixture
+def entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command()
+    def greet() -> None:
+        """Say hello."""
+        click.echo("hello")
+
+    known = [
+        FakeEntry("greet", greet),
+        FakeEntry("train", ModuleNotFoundError("No module named 'torch'", name="torch")),
+        FakeEntry("gone", ModuleNotFoundError("No module named 'other.cli'", name="other.cli")),
+        FakeEntry("broken", ImportError("cannot import name 'x'\nfrom 'y'")),
+        FakeEntry("empty", AttributeError("no attribute 'main'")),
+        FakeEntry("pack", RuntimeError("must not be loaded")),
+    ]
+
+    def entry_points(*, group: str, name: str | None = None) -> list[FakeEntry]:
+        assert group == "qmoecodec.commands"
+        return [e for e in known if name in (None, e.name)]
+
+    monkeypatch.setattr(cli.importlib.metadata, "entry_points", entry_points)
+
+
+@pytest.mark.usefixtures("entries")
+def test_commands_of_other_packages() -> None:
+    assert call("greet").stdout == "hello\n"
+    result = call("--help")
+    assert result.exit_code == 0
+    assert "train" in result.stdout
+    assert "Commands of other packages" in result.stdout
+    for name, text in (("train", "pip install 'qmoecodec[torch]'"), ("gone", "not complete"), ("broken", "cannot import"),
+                       ("empty", "no attribute")):  # fmt: skip
+        result = call(name)
+        assert result.exit_code == 1
+        assert text in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert "Traceback" not in result.output
+
+
+def test_the_installed_entry_points_are_of_the_expected_group() -> None:
+    names = {e.name for e in importlib.metadata.entry_points(group=cli.COMMANDS_GROUP)}
+    assert names.isdisjoint(main.commands)
+
+
+# --- as a program
+
+
+def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-c", "from qmoecodec.cli import main; main(prog_name='qmoecodec')", *map(str, arguments)]
+    return subprocess.run(program, capture_output=True, text=True, check=False, **options)
+
+
+def test_as_a_program(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    packed = tmp_path / "p.safetensors"
+    done = run("pack", model, "-o", packed, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["schema"] == 1
+    os.truncate(packed, 1000)
+    done = run("verify", packed)
+    assert done.returncode == 3
+    assert "[truncated]" in done.stdout
+    done = run("unpack", packed, "-o", tmp_path / "u.safetensors")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: [truncated]")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "u.safetensors").exists()
+    assert run("pack").returncode == 2
+    assert "qmoecodec" in run("--version").stdout
+
+
+def test_help_loads_neither_numba_nor_rich() -> None:
+    program = (
+        "import sys; from qmoecodec.cli import main; main(['--help'], standalone_mode=False); "
+        "sys.exit(bool({'numba', 'rich', 'torch'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0
