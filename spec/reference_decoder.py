@@ -247,11 +247,10 @@ class File:
 
         named = ["qmoecodec.header_crc32", *(f"qmoecodec.dictionary.{i}" for i in range(len(self.dictionaries)))]
         named += [f"{group['name']}_{role}" for group in self.groups for role in ROLES]
-        need(self.tensors.keys() <= {*named, *self.passthrough}, "orphan_tensor")
+        need(self.tensors.keys() <= {*named, *self.passthrough} and not self.passthrough.keys() & set(named), "orphan_tensor")
         need(self.tensors.keys() >= {*named, *self.passthrough}, "missing_tensor")
         public = [*self.passthrough, *(group["name"] for group in self.groups), *(group["source"] for group in self.groups)]
         need(not any(name.startswith("qmoecodec.") for name in public), "reserved_name")
-        need(not set(named) & set(self.passthrough), "source_conflict")
         self.experts_fit = all(group["shape"][0] <= len(content) for group in self.groups)  # else role_shape follows
         need(not self.experts_fit or len(set(self.sources())) == len(list(self.sources())), "source_conflict")
 

@@ -61,6 +61,12 @@ def _temporary_name(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f".{stem}.{secrets.token_hex(6)}.tmp")
 
 
+def _name_file(error: BaseException, path: pathlib.Path) -> None:
+    """Say which file could not be written: a full disk does not."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = os.fspath(path)
+
+
 @contextlib.contextmanager
 def new_file(path: pathlib.Path) -> Iterator[int]:
     """Create a file and yield its descriptor; flushed to the disk at the end."""
@@ -88,8 +94,9 @@ def atomic_file(path: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.Path
     try:
         yield temporary
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        _name_file(error, path)
         raise
     fsync_directory(path.parent)
 
@@ -126,8 +133,9 @@ def atomic_directory(path: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib
             if old.exists() and not path.exists():
                 os.rename(old, path)
             raise
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        _name_file(error, path)
         raise
     fsync_directory(path.parent)
     if old.exists():

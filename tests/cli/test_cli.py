@@ -189,6 +189,16 @@ def test_errors_are_one_line(model: pathlib.Path, packed: pathlib.Path, tmp_path
     assert document["error"]["reason"] in ("header_schema", "not_packed")
 
 
+def test_a_full_disk_is_named(model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    result = call("pack", model, "-o", tmp_path / "p.safetensors")
+    assert result.exit_code == 1
+    assert result.stderr == f"error: No space left on device: {tmp_path / 'p.safetensors'}\n"
+
+
 def test_usage_errors(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     for arguments in (
         ("pack", model),

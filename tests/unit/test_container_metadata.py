@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from qmoecodec.container.json_text import canonical
 from qmoecodec.container.metadata import DictionaryEntry, GroupInfo, Metadata, from_text, to_ranges, to_text
@@ -208,3 +210,20 @@ def test_source_names() -> None:
     assert list(matrix.source_names()) == ["é.weight"]
     assert (stacked.source_shape, fused.source_shape, matrix.source_shape) == ((4, 5), (2, 4, 5), (4, 5))
     assert to_ranges([]) == ()
+
+
+def test_the_schema_fits_real_headers(tmp_path: pathlib.Path) -> None:
+    from qmoecodec.container import pack
+
+    validator = jsonschema.Draft202012Validator(SCHEMA)
+    validator.check_schema(SCHEMA)
+    tensors = {f"experts.{i}.w": np.ones((9, 20), np.float32) for i in range(2)} | {"n": np.arange(3)}
+    safetensors.numpy.save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "np"})
+    pack(tmp_path / "a.safetensors", tmp_path / "p.safetensors")
+    for path in (tmp_path / "p.safetensors", pathlib.Path(__file__).parents[2] / "spec/examples/minimal.safetensors"):
+        data = path.read_bytes()
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        assert [e.message for e in validator.iter_errors(header)] == []
+        assert is_valid(json.loads(header["__metadata__"]["qmoecodec"]))
+        del header["qmoecodec.header_crc32"]
+        assert not validator.is_valid(header)

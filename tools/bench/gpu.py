@@ -27,6 +27,7 @@ from qmoecodec_gpu import backend, encoding, matvec
 from qmoecodec_gpu.experts import Bank, GpuExperts
 from qmoecodec_gpu.loading import Staged, place_rows
 
+ROOT = pathlib.Path(__file__).parents[2]
 L2_BYTES = 60e6
 DEVICE = torch.device("cuda", 0)
 
@@ -245,7 +246,7 @@ def bench_shapes(report: Report) -> None:
         torch.cuda.empty_cache()
 
 
-def bench_densities(report: Report, example: pathlib.Path | None) -> None:
+def bench_densities(report: Report, example: pathlib.Path) -> None:
     """Other densities, other dictionaries, and real ternary experts."""
     report("\n## Grouped, one token, other densities and dictionaries, 2080 x 6144\n")
     report.header("P(0)", "dictionary", "bits/weight", "ours", "bmm", "ratio", "rel. error")
@@ -262,15 +263,15 @@ def bench_densities(report: Report, example: pathlib.Path | None) -> None:
     rest = (1 - 0.885) / 2
     line("0.885", "12 bit (general kernel)", Subject(2080, 6144, 0.885, dictionary=aivf.build(rest, 0.885, rest, code_bits=12)))
     torch.cuda.empty_cache()
-    if example is not None and example.exists():
-        weights = np.load(example)
-        for name in weights.files:
-            if not name.endswith("codes") and weights[name].dtype == np.int8 and weights[name].ndim >= 2:
-                digits = torch.from_numpy(weights[name].reshape(-1, *weights[name].shape[-2:])).to(DEVICE)
-                p = float((digits == 0).float().mean())
-                subject = Subject(*digits.shape[1:], p, digits=digits, n=1200)
-                line(f"{p:.3f}", f"8 bit, {name} {tuple(digits.shape)}", subject)
-                break
+    if example.exists():
+        stored = np.load(example)  # examples/make_ternary.py says how: five digits per byte, matrices one after the other
+        digits = (stored["digits"][:, None] // np.array([1, 3, 9, 27, 81], np.uint8) % 3).reshape(-1)
+        signed = np.array([0, -1, 1], np.int8)[digits]
+        for name, shape, matrices in (("wi", (1024, 256), slice(0, None, 2)), ("wo", (256, 1024), slice(1, None, 2))):
+            every = signed[: 16 * 1024 * 256].reshape(16, -1)[matrices].reshape(-1, *shape)
+            p_zero = float((every == 0).mean())
+            subject = Subject(*shape, p_zero, digits=torch.from_numpy(every).to(DEVICE))
+            line(f"{p_zero:.3f}", f"8 bit, the example's {name}, {shape[0]} x {shape[1]}", subject)
 
 
 def bench_single(report: Report, shapes: Sequence[tuple[int, int]] = LARGE + SMALL) -> None:
@@ -372,7 +373,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, help="folder for the report; default tools/bench/results")
     parser.add_argument("--only", default="grouped,shapes,densities,single,tokens,dense,load", help="sections, comma-separated")
-    parser.add_argument("--example", type=pathlib.Path, help="ternary experts, npz")
+    parser.add_argument(
+        "--example", type=pathlib.Path, default=ROOT / "examples/ternary-gptq-2023.npz", help="real ternary experts"
+    )
     arguments = parser.parse_args()
     backend.load()
     torch.manual_seed(time.time_ns() % 2**31)
