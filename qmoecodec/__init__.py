@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qmoecodec.codec import count_digits, decode, decode_rows, encode, encode_rows, matvec, matvec_rows
-from qmoecodec.container import Expert, File, Group, open, pack, unpack, verify
+from qmoecodec.container import Expert, File, Group, open, pack, unpack, verify  # noqa: A004 - qmoecodec.open is the name
 from qmoecodec.errors import REASONS, EncodeError, FormatError, MissingExtraError, QMoEError
 from qmoecodec.types import Dictionary, Encoded
 
