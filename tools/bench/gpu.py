@@ -142,7 +142,8 @@ def grouped(subject: Subject, tokens: int) -> tuple[float, float, float, float]:
     n = subject.n
     x = torch.randn(n * tokens, cols, device=DEVICE).bfloat16()
     numbers = torch.arange(n, device=DEVICE).repeat_interleave(tokens)
-    items = matvec.route(numbers, n_experts=n, largest=matvec.largest_class(subject.experts))
+    largest = matvec.choose_largest(subject.experts, x) if tokens > 1 else matvec.largest_class(subject.experts)
+    items = matvec.route(numbers, n_experts=n, largest=largest)
     y = torch.full((n * tokens, rows), float("nan"), dtype=torch.bfloat16, device=DEVICE)
     replay = capture(lambda: matvec.run(subject.experts, items, x, y))
     y.fill_(float("nan"))
@@ -198,7 +199,7 @@ class Report:
         self("|" + "---|" * len(cells))
 
 
-def describe(report: Report) -> None:
+def describe(report: Report, *, times: bool = True) -> None:
     """Say on what this was measured."""
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False
@@ -211,7 +212,8 @@ def describe(report: Report) -> None:
         f"{torch.cuda.get_device_name()}, driver {driver}, torch {torch.__version__}, CuPy {cupy.__version__}, "
         f"Python {platform.python_version()}. Command: `python {' '.join(sys.argv)}`."
     )
-    report("Times in microseconds per expert, medians of CUDA graph replays; x and y bfloat16, sums float32.")
+    if times:
+        report("Times in microseconds per expert, medians of CUDA graph replays; x and y bfloat16, sums float32.")
 
 
 LARGE = ((2080, 6144), (6144, 2080))
@@ -284,7 +286,10 @@ def bench_single(report: Report, shapes: Sequence[tuple[int, int]] = LARGE + SMA
         torch.cuda.empty_cache()
 
 
-def bench_tokens(report: Report, shapes: Sequence[tuple[int, int]] = LARGE, counts: Sequence[int] = (2, 4, 8, 16, 64)) -> None:
+TOKEN_COUNTS = (2, 4, 8, 16, 32, 64, 128)
+
+
+def bench_tokens(report: Report, shapes: Sequence[tuple[int, int]] = LARGE, counts: Sequence[int] = TOKEN_COUNTS) -> None:
     """Several tokens per expert."""
     report("\n## Several tokens per expert\n")
     report.header("rows x cols", "tokens", "ours", "with routing", "bmm", "ratio", "rel. error")

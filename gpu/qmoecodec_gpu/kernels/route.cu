@@ -1,0 +1,60 @@
+// Routing: which expert multiplies which tokens, as work lists on the device.
+#include "common.cuh"
+
+// An item is an expert with 1 to 64 of its tokens.  Items stand in five lists by size class: 1, 2, up to 4, up to 8, up to 64
+// tokens; list c holds item_expert[c * tokens + i] and item_tokens[c * 8 * tokens + size * i + j], -1 where the item has
+// fewer tokens.  (An item of more than 8 tokens takes 64 places, so 8 places per token are enough.)
+//
+// sort tokens by (expert, token); for each expert with n tokens: cut them into items of `largest`, and one of n % largest
+//
+// One block, whatever the number of tokens.  A token of expert -1 is dropped: an item of expert -1, whose y is 0.  A token
+// of an expert that does not exist is an item of expert -2, whose y is NaN: the host is not asked, so nothing can be raised.
+extern "C" __global__ void __launch_bounds__(1024) route_tokens(const i64* expert, const i64* sorted_expert,
+                                                                const i64* sorted_token, int tokens, int experts,
+                                                                int largest, int* n_items, int* item_expert,
+                                                                int* item_tokens) {
+  // Without a sorted list (few tokens) the position of a token is the number of pairs before it.
+  extern __shared__ int shared[];
+  int* by_expert = sorted_expert ? nullptr : shared;          // [tokens]
+  int* by_token = sorted_expert ? nullptr : shared + tokens;  // [tokens]
+  if (threadIdx.x < 5) n_items[threadIdx.x] = 0;  // the barrier below orders this before the atomics
+  if (!sorted_expert) {
+    int* raw = shared + 2 * tokens;
+    for (int t = threadIdx.x; t < tokens; t += blockDim.x) {
+      i64 e = expert[t];
+      raw[t] = e >= experts ? experts : e < -1 ? -2 : (int)e;
+    }
+    __syncthreads();
+    for (int t = threadIdx.x; t < tokens; t += blockDim.x) {
+      int e = raw[t], place = 0;
+      for (int u = 0; u < tokens; u++) place += raw[u] < e || (raw[u] == e && u < t);
+      by_expert[place] = e;
+      by_token[place] = t;
+    }
+  }
+  __syncthreads();
+  auto expert_at = [&](int s) -> i64 { return sorted_expert ? sorted_expert[s] : (i64)by_expert[s]; };
+  auto token_at = [&](int s) -> int { return sorted_expert ? (int)sorted_token[s] : by_token[s]; };
+  for (int s = threadIdx.x; s < tokens; s += blockDim.x) {
+    i64 e = expert_at(s);
+    if (e < 0 || e >= experts) {
+      int i = atomicAdd(n_items, 1);
+      item_expert[i] = e == -1 ? -1 : -2;
+      item_tokens[i] = token_at(s);
+      continue;
+    }
+    int low = 0, high = s;  // first place of this expert
+    while (low < high) {
+      int middle = (low + high) / 2;
+      if (expert_at(middle) < e) low = middle + 1; else high = middle;
+    }
+    if ((s - low) % largest) continue;
+    int n = 1;
+    while (n < largest && s + n < tokens && expert_at(s + n) == e) n++;
+    int list = n == 1 ? 0 : n == 2 ? 1 : n <= 4 ? 2 : n <= 8 ? 3 : 4, size = list < 4 ? 1 << list : 64;
+    int i = atomicAdd(n_items + list, 1);
+    item_expert[list * tokens + i] = (int)e;
+    int* to = item_tokens + (i64)list * 8 * tokens + (i64)i * size;
+    for (int j = 0; j < size; j++) to[j] = j < n ? token_at(s + j) : -1;
+  }
+}

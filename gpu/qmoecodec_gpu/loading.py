@@ -1,0 +1,223 @@
+"""Upload, validation and repacking of a group, on the device."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qmoecodec import reference
+from qmoecodec.errors import FormatError
+from qmoecodec.types import Dictionary
+from qmoecodec_gpu import modules
+from qmoecodec_gpu.source import LEVEL_DTYPES, Stack
+
+if TYPE_CHECKING:
+    from qmoecodec_gpu import plan
+    from qmoecodec_gpu.experts import Bank
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A group on the device as it is in the file; every row is known to lie inside `codes`, and nothing else is.
+
+    codes : uint8[n]
+    expert_start : int64[experts + 1]    in bytes
+    row_start : int32[experts, rows + 1]    in bytes, relative to the expert
+    row_lengths : int64[experts, rows]    in codewords
+    dictionary_index : uint8[experts]
+    bits : of a codeword
+    """
+
+    shape: tuple[int, int, int]
+    codes: torch.Tensor
+    expert_start: torch.Tensor
+    row_start: torch.Tensor
+    row_lengths: torch.Tensor
+    dictionary_index: torch.Tensor
+    bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What validation found about the rows' lengths in words of four codewords."""
+
+    least_words: int
+    mean_words: float
+    most_words: int
+
+
+def _to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    contiguous = np.ascontiguousarray(array)
+    if contiguous.flags.writeable:
+        return torch.from_numpy(contiguous).to(device)
+    with warnings.catch_warnings():  # torch warns of read-only memory, such as a mapped file; it is only read here
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(contiguous).to(device)
+
+
+def stage(stack: Stack, bits: int, device: torch.device) -> Staged:
+    """Upload a stack that `check_stack` passed, and place its rows (spec §6.2).
+
+    Raises FormatError: row_lengths; ValueError for an expert of 2 GiB and more.
+    """
+    lengths = _to_device(stack.row_lengths.view(np.int32), device).to(torch.int64) & 0xFFFFFFFF
+    sizes = np.diff(stack.code_offsets).astype(np.int64)
+    return place_rows(
+        shape=stack.shape,
+        codes=_to_device(stack.codes, device),
+        sizes=sizes,
+        row_lengths=lengths,
+        dictionary_index=_to_device(stack.dictionary_index, device),
+        bits=bits,
+    )
+
+
+def place_rows(
+    *,
+    shape: tuple[int, int, int],
+    codes: torch.Tensor,
+    sizes: npt.NDArray[np.int64],
+    row_lengths: torch.Tensor,
+    dictionary_index: torch.Tensor,
+    bits: int,
+) -> Staged:
+    """Find where rows begin from their lengths, and check that they fill their experts.
+
+    sizes : int64[experts]    bytes of each expert, adding up to the size of `codes`
+    Raises FormatError: row_lengths; ValueError for an expert of 2 GiB and more.
+    """
+    experts, rows, _ = shape
+    device = codes.device
+    if sizes.max(initial=0) >= 1 << 31:
+        raise ValueError("an expert of 2 GiB and more is not supported on the GPU")
+    n_bytes = (row_lengths * bits + 7) >> 3
+    ends = torch.cumsum(n_bytes, dim=1)
+    totals = ends[:, -1] if rows else torch.zeros(experts, dtype=torch.int64, device=device)
+    # No row is longer than 2^32 codewords and no expert has 2^31 rows, so the sums are exact.
+    differ = torch.nonzero(totals != torch.from_numpy(sizes).to(device)).flatten()
+    if len(differ):
+        raise FormatError("row_lengths", expert=int(differ[0]))
+    row_start = torch.zeros((experts, rows + 1), dtype=torch.int32, device=device)
+    row_start[:, 1:] = ends
+    expert_start = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)])).to(device)
+    return Staged(shape, codes, expert_start, row_start, row_lengths, dictionary_index, bits)
+
+
+def validate(staged: Staged, bank: Bank, level_bytes: torch.Tensor, level_dtype: int) -> Facts:
+    """Check every row on the device (spec §5.2, §6.3).
+
+    Raises FormatError: unused_codeword, row_underrun, row_overrun, overrun_nonzero, row_padding, level_value, level_zero,
+    with the expert and row.
+    """
+    experts, rows, cols = staged.shape
+    if experts * rows == 0:
+        return Facts(0, 0.0, 0)
+    device = staged.codes.device
+    bad = torch.full((1,), -1, dtype=torch.int64, device=device)  # the greatest number, unsigned
+    words = torch.tensor([-1, 0], dtype=torch.int32, device=device)
+    p = modules.pointer
+    modules.launch(
+        device,
+        modules.function(device, "rows.cu", "validate_rows"),
+        modules.warp_grid(device, experts * rows),
+        modules.THREADS,
+        (
+            p(staged.codes),
+            p(staged.expert_start),
+            p(staged.row_start),
+            p(staged.dictionary_index),
+            p(bank.entries),
+            p(bank.thresholds),
+            p(level_bytes),
+            modules.i32(level_dtype),
+            p(bad),
+            p(words),
+            modules.i32(experts),
+            modules.i32(rows),
+            modules.i32(cols),
+            modules.i32(staged.bits),
+        ),
+    )
+    row = int(bad.item())
+    if row != -1:
+        raise _find_fault(staged, bank, level_bytes, LEVEL_DTYPES[level_dtype], row)
+    least, most = words.tolist()
+    total = int(((staged.row_lengths + 3) >> 2).sum().item())
+    return Facts(least, total / (experts * rows), most)
+
+
+def _find_fault(staged: Staged, bank: Bank, level_bytes: torch.Tensor, dtype: str, number: int) -> FormatError:
+    """Run the reference on the row that the device found wrong, for the reason."""
+    expert, row = divmod(number, staged.shape[1])
+    dictionary = bank.dictionaries[int(staged.dictionary_index[expert])]
+    begin, end = (int(staged.expert_start[expert]) + int(v) for v in staged.row_start[expert, row : row + 2].tolist())
+    data = staged.codes[begin:end].cpu().numpy().tobytes()
+    n_codewords = int(staged.row_lengths[expert, row])
+    try:
+        check_row(data, n_codewords, _level_values(level_bytes[expert, row], dtype), staged.shape[2], dictionary)
+    except FormatError as error:
+        return error.at(expert=expert, row=row)
+    raise RuntimeError(f"the device rejects expert {expert}, row {row}, which the reference accepts")
+
+
+def _level_values(level_bytes: torch.Tensor, dtype: str) -> tuple[float, float]:
+    types = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+    low, high = level_bytes.cpu().view(types[dtype]).to(torch.float64).tolist()
+    return low, high
+
+
+def check_row(data: bytes, n_codewords: int, levels: tuple[float, float], cols: int, dictionary: Dictionary) -> None:
+    """Check one row as the reference does (spec §5.2, §6.3).
+
+    Raises FormatError: level_value, row_padding, unused_codeword, row_underrun, row_overrun, overrun_nonzero, level_zero.
+    """
+    low, high = levels
+    if not all(np.isfinite(levels)) or any(v == 0 and np.signbit(v) for v in levels) or not (low < high or low == high == 0):
+        raise FormatError("level_value")
+    codewords = reference.unpack_row(data, n_codewords=n_codewords, code_bits=dictionary.code_bits)
+    digits = reference.decode_row(codewords, cols=cols, dictionary=dictionary)
+    if (low == 0 and 1 in digits) or (high == 0 and 2 in digits):
+        raise FormatError("level_zero")
+
+
+def repack(staged: Staged, layout: plan.Layout, *, tail_bytes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lay validated rows of 8-bit codewords out in words (kernels/common.cuh).
+
+    Returns codes, uint8[n]; expert_start, int64[experts + 1], in words; row_start, int32[experts, rows + 1], in words.
+    """
+    experts, rows, _ = staged.shape
+    device = staged.codes.device
+    ends = torch.cumsum((staged.row_lengths + 3) >> 2, dim=1)
+    row_start = torch.zeros((experts, rows + 1), dtype=torch.int32, device=device)
+    row_start[:, 1:] = ends
+    expert_start = torch.zeros(experts + 1, dtype=torch.int64, device=device)
+    expert_start[1:] = torch.cumsum(ends[:, -1], dim=0)
+    del ends
+    n_bytes = 4 * int(expert_start[-1].item())
+    codes = torch.empty(n_bytes + tail_bytes, dtype=torch.uint8, device=device)
+    codes[n_bytes:] = 0
+    p = modules.pointer
+    modules.launch(
+        device,
+        modules.function(device, "rows.cu", "repack_rows"),
+        modules.warp_grid(device, experts * rows),
+        modules.THREADS,
+        (
+            p(staged.codes),
+            p(staged.expert_start),
+            p(staged.row_start),
+            p(codes),
+            p(expert_start),
+            p(row_start),
+            modules.i32(experts),
+            modules.i32(rows),
+            modules.i32(layout.lanes),
+            modules.i32(layout.words),
+        ),
+    )
+    return codes, expert_start, row_start

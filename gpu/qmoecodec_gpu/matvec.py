@@ -1,0 +1,292 @@
+"""Products with compressed experts: routing, choice of kernel, launch checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from qmoecodec_gpu import modules, plan
+from qmoecodec_gpu.experts import GpuExperts
+
+#: Up to so many tokens the routing kernel sorts by itself; beyond, torch does.
+_SORT_IN_KERNEL: Final = 512
+#: Tokens of one expert from which decoding it to a scratch matrix and a dense product win (docs/performance-gpu.md).
+DENSE_FROM: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Work lists on the device, one per class of 1, 2, 4, 8 and 64 tokens (kernels/route.cu).
+
+    n_items : int32[5];  item_expert : int32[5, tokens];  item_tokens : int32[5, 8 * tokens]
+    n_tokens : the number of tokens, which bounds the lists;  largest : tokens per item at most, 1, 2, 4, 8 or 64
+    """
+
+    n_items: torch.Tensor
+    item_expert: torch.Tensor
+    item_tokens: torch.Tensor
+    n_tokens: int
+    largest: int
+
+
+def largest_class(experts: GpuExperts) -> int:
+    """Return the greatest number of tokens that one pass of the gather or the general kernel over an expert serves."""
+    if experts.gather_plan(1) is None:
+        return 8
+    return max(tokens for tokens in plan.TOKEN_CLASSES if experts.gather_plan(tokens) is not None)
+
+
+def takes_tiles(experts: GpuExperts, x: torch.Tensor) -> bool:
+    """Say whether the tile kernel can take these experts and such x."""
+    kind = {0: torch.bfloat16, 1: torch.float16}.get(experts.level_kind)
+    aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    return experts.tile_plan(4) is not None and x.dtype == kind and aligned and largest_class(experts) == 8
+
+
+def choose_largest(experts: GpuExperts, x: torch.Tensor) -> int:
+    """Return the size of the largest item for these experts and tokens."""
+    return plan.TILE_TOKENS if len(x) > 8 and takes_tiles(experts, x) else largest_class(experts)
+
+
+def route(expert: torch.Tensor, *, n_experts: int, largest: int) -> Route:
+    """Group tokens by expert, on the device and without asking it anything.
+
+    expert : int64[tokens]    -1 for a token that is dropped; a number that does not exist makes y NaN
+    """
+    if expert.dtype != torch.int64 or expert.ndim != 1 or not expert.is_cuda:
+        raise TypeError("expert is a one-dimensional int64 CUDA tensor")
+    tokens, device = len(expert), expert.device
+    expert = expert.contiguous()
+    lists = torch.empty(8 + 45 * tokens, dtype=torch.int32, device=device)
+    n_items, item_expert, item_tokens = lists[:5], lists[8 : 8 + 5 * tokens], lists[8 + 5 * tokens :]
+    by_expert = by_token = None
+    if tokens > _SORT_IN_KERNEL:
+        by_expert, by_token = torch.sort(expert, stable=True)
+    p = modules.pointer
+    modules.launch(
+        device,
+        modules.function(device, "route.cu", "route_tokens"),
+        1,
+        max(32, min(1024, -(-tokens // 32) * 32)),
+        (
+            p(expert),
+            p(by_expert),
+            p(by_token),
+            modules.i32(tokens),
+            modules.i32(n_experts),
+            modules.i32(largest),
+            p(n_items),
+            p(item_expert),
+            p(item_tokens),
+        ),
+        shared_bytes=0 if by_expert is not None else 12 * tokens,
+    )
+    return Route(n_items, item_expert.view(5, tokens), item_tokens.view(5, 8 * tokens), tokens, largest)
+
+
+def check_x(experts: GpuExperts, x: torch.Tensor) -> None:
+    """Check x[tokens, cols] before a launch."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"x is bfloat16 or float16, not {x.dtype}")
+    if x.device != experts.device:
+        raise ValueError(f"x is on {x.device}, the experts on {experts.device}")
+    if x.ndim != 2 or x.shape[1] != experts.shape[2]:
+        raise ValueError(f"x has the shape {tuple(x.shape)}, not [tokens, {experts.shape[2]}]")
+    if x.shape[0] and x.stride(1) != 1 and x.shape[1] > 1:
+        raise ValueError("x must be contiguous in its last dimension")
+
+
+def run(
+    experts: GpuExperts,
+    items: Route,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    relu: bool = False,
+    scale: torch.Tensor | None = None,
+) -> None:
+    """Queue the products of all items: y[token] = expert @ x[token].
+
+    scale : float32[tokens] or None    factor of each token's y, after relu
+    """
+    check_x(experts, x)
+    if scale is not None and (scale.dtype != torch.float32 or scale.shape != x.shape[:1] or not scale.is_contiguous()):
+        raise TypeError("scale is a contiguous float32 tensor, one number per token")
+    _launch(experts, items, x, y, relu=relu, scale=scale)
+    if items.largest == plan.TILE_TOKENS and items.n_tokens > 8:
+        if not takes_tiles(experts, x):
+            raise ValueError("items of more than 8 tokens need x on 16-byte boundaries and levels of x's type")
+        _launch_tiles(experts, items, x, y, relu=relu, scale=scale)
+
+
+def _launch_tiles(
+    experts: GpuExperts, items: Route, x: torch.Tensor, y: torch.Tensor, *, relu: bool, scale: torch.Tensor | None
+) -> None:
+    """Queue the tile kernel for the items of more than 8 tokens. Trusts its arguments."""
+    _, rows, cols = experts.shape
+    device = experts.device
+    max_items = items.n_tokens // 9
+    n_multiprocessors = modules.n_multiprocessors(device)
+    tile = experts.tile_plan(4 if max_items * -(-rows // 128) >= n_multiprocessors else 1)
+    if tile is None or rows == 0:
+        return
+    p, i32 = modules.pointer, modules.i32
+    kernel = modules.function(device, "tile.cu", "matmul_tile", tile.macros(is_f16=x.dtype == torch.float16))
+    lists = _lists(items, len(plan.TOKEN_CLASSES))[:3]
+    arguments = (
+        p(experts.codes),
+        p(experts.expert_start),
+        p(experts.row_start),
+        p(experts.levels),
+        p(experts.dictionary_index),
+        p(experts.bank.thresholds),
+        p(x),
+        x.stride(0),
+        p(y),
+        y.stride(0),
+        p(scale),
+        i32(int(relu)),
+        i32(rows),
+        i32(cols),
+        p(experts.bank.gather_table(tile.form)),
+        *lists,
+        i32(tile.pitch),
+    )
+    grid = min(n_multiprocessors, max_items * -(-rows // (32 * tile.groups)))
+    modules.launch(device, kernel, grid, tile.threads, arguments, shared_bytes=tile.shared_bytes)
+
+
+def _largest_used(n_tokens: int, largest: int) -> int:
+    """The largest class that may have items: a class of 2, 4 or 8 takes more than half as many tokens."""
+    return max(tokens for tokens in plan.TOKEN_CLASSES if tokens <= largest and (tokens == 1 or tokens // 2 < n_tokens))
+
+
+def _lists(items: Route, number: int) -> tuple[Any, ...]:
+    p = modules.pointer
+    return (p(items.n_items[number:]), p(items.item_expert[number]), p(items.item_tokens[number]), modules.i32(0))
+
+
+def _launch(
+    experts: GpuExperts,
+    items: Route | int,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    relu: bool = False,
+    scale: torch.Tensor | None = None,
+) -> None:
+    """Queue the kernels for the items, or for one token and the expert of that number. Trusts its arguments."""
+    _, rows, cols = experts.shape
+    n_tokens = x.shape[0]
+    if rows == 0 or n_tokens == 0:
+        return
+    if n_tokens * rows >= 1 << 31:
+        raise ValueError(f"{n_tokens} tokens with {rows} rows are too many for one launch; take fewer tokens at a time")
+    p, i32, device = modules.pointer, modules.i32, experts.device
+    is_f16 = x.dtype == torch.float16
+    largest = 1 if isinstance(items, int) else _largest_used(n_tokens, items.largest)
+    lists: tuple[Any, ...] = (0, 0, 0, i32(items)) if isinstance(items, int) else _lists(items, 0)
+    vectors = (p(x), x.stride(0), p(y), y.stride(0), p(scale), i32(int(relu)), i32(rows), i32(cols))
+    gather = experts.gather_launch(largest)
+    if gather is None:
+        for number, tokens in enumerate(plan.TOKEN_CLASSES):
+            if tokens > largest:
+                break
+            macros = {"TOK": tokens, "X_F16": int(is_f16), "LEVEL_KIND": experts.level_kind}
+            kernel = modules.function(device, "rows.cu", "matvec_general", macros)
+            grid = modules.warp_grid(device, n_tokens * rows)
+            if not isinstance(items, int):
+                lists = _lists(items, number)
+            arguments = (*experts.rows_arguments(), *lists, *vectors, *experts.layout_arguments())
+            modules.launch(device, kernel, grid, modules.THREADS, arguments)
+        return
+    macros = gather.macros(is_f16=is_f16, level_kind=experts.level_kind) | {"SHARED_BASE": modules.shared_base(device)}
+    kernel = modules.function(device, "gather.cu", "matvec_gather", macros)
+    warps = n_tokens * -(-rows * gather.plans[0].layout.lanes // 32)
+    grid = min(modules.n_multiprocessors(device), warps)
+    tables = [p(experts.bank.gather_table(chosen.form)) for chosen in (gather.plans[0], gather.plans[-1])]
+    arguments = (
+        p(experts.codes),
+        p(experts.expert_start),
+        p(experts.row_start),
+        p(experts.levels),
+        p(experts.dictionary_index),
+        p(experts.bank.thresholds),
+        i32(len(experts.bank.dictionaries)),
+        *vectors,
+        *tables,
+        *lists,
+        n_tokens,
+        *(modules.u32(v) for four in gather.geometry() for v in four),
+    )
+    modules.launch(device, kernel, grid, gather.threads, arguments, shared_bytes=gather.shared_bytes)
+
+
+def empty_y(experts: GpuExperts, x: torch.Tensor) -> torch.Tensor:
+    """Allocate y[tokens, rows]."""
+    return torch.empty((x.shape[0], experts.shape[1]), dtype=x.dtype, device=x.device)
+
+
+def matvec(experts: GpuExperts, x: torch.Tensor, expert: int, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply one expert, known to the host, with one vector: [rows, cols] @ x[cols]."""
+    if not 0 <= expert < experts.shape[0]:
+        raise IndexError(f"expert {expert} of {experts.shape[0]}")
+    row = x.reshape(1, -1)
+    check_x(experts, row)
+    y = torch.empty(experts.shape[1], dtype=x.dtype, device=x.device) if out is None else out
+    if y.shape != experts.shape[1:2] or y.dtype != x.dtype or y.device != x.device or not y.is_contiguous():
+        raise ValueError(f"out must be a contiguous {x.dtype} tensor of {experts.shape[1]} elements")
+    _launch(experts, expert, row, y.view(1, -1))
+    return y
+
+
+def matmul(experts: GpuExperts, x: torch.Tensor, expert: int, *, scratch: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply one expert, known to the host, with many vectors: x[tokens, cols] @ expert.T -> [tokens, rows].
+
+    scratch : [rows, cols] of x's dtype    where the expert is decoded to for the dense product; allocated if None
+    """
+    check_x(experts, x)
+    if not 0 <= expert < experts.shape[0]:
+        raise IndexError(f"expert {expert} of {experts.shape[0]}")
+    if len(x) >= DENSE_FROM:
+        return x @ experts.decode(expert, dtype=x.dtype, out=scratch).T
+    numbers = torch.full((len(x),), expert, dtype=torch.int64, device=x.device)
+    return grouped_matvec(experts, x, numbers)
+
+
+def grouped_matvec(experts: GpuExperts, x: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+    """Multiply each token with its expert: y[t] = experts[expert[t]] @ x[t].
+
+    x : bfloat16 or float16 [tokens, cols], finite
+    expert : int64[tokens] on the device    -1 gives 0; a number that does not exist gives NaN
+    Returns [tokens, rows] of x's dtype; sums are float32. No host synchronisation; may be captured in a CUDA graph once
+    it has run for these experts and this number of tokens.
+    """
+    y = empty_y(experts, x)
+    run(experts, route(expert, n_experts=experts.shape[0], largest=choose_largest(experts, x)), x, y)
+    return y
+
+
+def moe_mlp(
+    x: torch.Tensor,
+    expert: torch.Tensor,
+    wi: GpuExperts,
+    wo: GpuExperts,
+    *,
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run the two matrices of each token's expert: y[t] = scale[t] * wo[e] @ relu(wi[e] @ x[t]), e = expert[t].
+
+    As `grouped_matvec`; the tokens are routed once.
+    scale : float32[tokens]    the router's probability, or None
+    """
+    if wi.shape[0] != wo.shape[0] or wi.shape[1] != wo.shape[2]:
+        raise ValueError(f"wi {wi.shape} and wo {wo.shape} do not fit")
+    hidden = empty_y(wi, x)
+    items = route(expert, n_experts=wi.shape[0], largest=min(choose_largest(wi, x), choose_largest(wo, hidden)))
+    run(wi, items, x, hidden, relu=True)
+    y = empty_y(wo, x)
+    run(wo, items, hidden, y, scale=scale)
+    return y

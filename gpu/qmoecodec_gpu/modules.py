@@ -1,0 +1,115 @@
+"""Compiling and launching: the only module that talks to CuPy."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import resources
+from typing import Any, Final
+
+import cupy
+import numpy as np
+import torch
+
+#: Block size of the kernels that do not care.
+THREADS: Final = 256
+
+_lock = threading.Lock()
+_functions: dict[tuple[int, str, str, tuple[tuple[str, int], ...]], Any] = {}
+
+
+@cache
+def source(name: str) -> str:
+    """Return a kernel file with its own includes put in (NVRTC then needs no include path)."""
+    text = resources.files("qmoecodec_gpu").joinpath("kernels", name).read_text(encoding="utf-8")
+    lines = []
+    for line in text.splitlines():
+        if line.startswith('#include "'):
+            lines.append(source(line.split('"')[1]))
+        elif line != "#pragma once":
+            lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def function(device: torch.device, file: str, name: str, macros: Mapping[str, int] | None = None) -> Any:
+    """Return a compiled kernel; the first call for a device and set of macros compiles it (CuPy keeps it on disk)."""
+    key = (_index(device), file, name, tuple(sorted((macros or {}).items())))
+    with _lock:
+        if key not in _functions:
+            options = ("-std=c++17", *(f"-D{macro}={value}" for macro, value in key[3]))
+            with cupy.cuda.Device(key[0]):
+                compiled = cupy.RawModule(code=source(file), options=options, backend="nvrtc").get_function(name)
+                compiled.max_dynamic_shared_size_bytes = max_shared_bytes(device) - int(compiled.shared_size_bytes)
+            _functions[key] = compiled
+        return _functions[key]
+
+
+@cache
+def _attributes(index: int) -> dict[str, int]:
+    return dict(cupy.cuda.Device(index).attributes)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def max_shared_bytes(device: torch.device) -> int:
+    """Shared memory that one block may have."""
+    return _attributes(_index(device))["MaxSharedMemoryPerBlockOptin"]
+
+
+def n_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of the device."""
+    return _attributes(_index(device))["MultiProcessorCount"]
+
+
+@cache
+def _shared_base(index: int) -> int:
+    device = torch.device("cuda", index)
+    found = torch.zeros(1, dtype=torch.int32, device=device)
+    launch(device, function(device, "probe.cu", "shared_base"), 1, 1, (pointer(found),), shared_bytes=128)
+    return int(found.item())
+
+
+def shared_base(device: torch.device) -> int:
+    """Where dynamic shared memory begins in a kernel without any other."""
+    return _shared_base(_index(device))
+
+
+def u32(value: int) -> np.uint32:
+    """A 32-bit kernel argument; plain integers are passed as 64 bits."""
+    return np.uint32(value)
+
+
+def i32(value: int) -> np.int32:
+    """A signed 32-bit kernel argument."""
+    return np.int32(value)
+
+
+def pointer(tensor: torch.Tensor | None) -> int:
+    """Return the address of a tensor's data, 0 for None. The caller keeps the tensor alive until the launch is queued."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def launch(
+    device: torch.device, kernel: Any, grid: int, threads: int, args: Sequence[Any], *, shared_bytes: int = 0
+) -> None:
+    """Queue a kernel on torch's current stream of the device."""
+    if grid < 1:
+        return
+    stream = torch.cuda.current_stream(device)
+    with cupy.cuda.Device(_index(device)), _external(stream):
+        kernel((grid,), (threads,), tuple(args), shared_mem=shared_bytes)
+
+
+def _external(stream: torch.cuda.Stream) -> Any:
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        return cupy.cuda.Stream.from_external(stream)
+    return cupy.cuda.ExternalStream(stream.cuda_stream)
+
+
+def warp_grid(device: torch.device, n_warps: int, *, blocks_per_multiprocessor: int = 8) -> int:
+    """Return a grid of `THREADS` for a loop in which each warp takes items in turn."""
+    blocks = (n_warps * 32 + THREADS - 1) // THREADS
+    return max(1, min(blocks, blocks_per_multiprocessor * n_multiprocessors(device)))

@@ -1,0 +1,216 @@
+"""Choosing the gather kernel's parameters for a group. Plain arithmetic: no device is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from qmoecodec_gpu.tables import MAX_GATHER_NONZEROS, EntryForm
+
+#: Tokens that share one pass over an expert's codewords.
+TOKEN_CLASSES: Final = (1, 2, 4, 8)
+
+#: Tokens of the largest item, which the tile kernel takes.
+TILE_TOKENS: Final = 64
+
+_TABLE_BYTES: Final = 64 * 1024
+_MAX_WORDS: Final = 7
+#: Places for nonzeros that the kernel is compiled with.
+_NONZEROS: Final = (2, 3, 5, MAX_GATHER_NONZEROS)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How rows of 8-bit codewords lie in GPU memory, and what the loader found about them (kernels/common.cuh).
+
+    lanes : lanes per row, 4, 8, 16 or 32
+    words : words per lane and block
+    one_block : no row is longer than lanes * words words
+    sure_words : words that every lane has in every row
+    usual_words : words that most rows have per lane
+    """
+
+    lanes: int
+    words: int
+    one_block: bool
+    sure_words: int
+    usual_words: int
+
+
+def choose_layout(*, least_words: int, mean_words: float, most_words: int, least_lanes: int = 4) -> Layout:
+    """Choose the layout from the rows' lengths in words.
+
+    least_lanes : more lanes per row need less shared memory for x, of which rows in one warp have a copy each
+
+    About four words per lane are the best use of a warp: fewer, and the work per row outweighs that per codeword; more,
+    and the registers of a lane run out. The numbers are coarse, since each combination is compiled once.
+    """
+    lanes = 32
+    while lanes > least_lanes and mean_words < 3.9 * lanes:
+        lanes //= 2
+    per_lane = -(-most_words // lanes)
+    blocks = max(1, -(-per_lane // _MAX_WORDS))
+    words = max(2, -(-per_lane // blocks))
+    one_block = most_words <= lanes * words
+    sure_words = words - 2
+    return Layout(
+        lanes=lanes,
+        words=words,
+        one_block=one_block,
+        sure_words=sure_words if one_block and least_words >= sure_words * lanes else 0,
+        usual_words=words - 1,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class GatherPlan:
+    """One compiled form of the gather kernel, with the geometry of x in shared memory.
+
+    segment : columns per lane in segmented order
+    overlap : columns kept beyond a segment, the longest phrase
+    natural_columns : columns in natural order, those behind the row included
+    """
+
+    form: EntryForm
+    layout: Layout
+    threads: int
+    segment: int
+    overlap: int
+    natural_columns: int
+    shared_bytes: int
+
+    @property
+    def magic(self) -> int:
+        """ceil(2**32 / (scale * segment)): the high word of scale * column * magic is column // segment."""
+        return -(-(1 << 32) // (self.form.scale * self.segment))
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One compiled form of the gather kernel: the token classes up to the largest, in one launch.
+
+    plans : by class, 1 token first
+    """
+
+    plans: tuple[GatherPlan, ...]
+
+    @property
+    def threads(self) -> int:
+        """Threads per block: the largest class needs most registers."""
+        return self.plans[-1].threads
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory per block."""
+        return max(plan.shared_bytes for plan in self.plans)
+
+    def macros(self, *, is_f16: bool, level_kind: int) -> dict[str, int]:
+        """Return the macros that kernels/gather.cu is compiled with."""
+        layout = self.plans[0].layout
+        return {
+            "MAX_TOK": self.plans[-1].form.tokens,
+            "NZ": self.plans[0].form.n_nonzeros,
+            "LANES": layout.lanes,
+            "WORDS": layout.words,
+            "SURE": layout.sure_words,
+            "USUAL": layout.usual_words,
+            "ONE": int(layout.one_block),
+            "SEGMENTED_CLASSES": sum(int(plan.form.segmented) << number for number, plan in enumerate(self.plans)),
+            "THREADS": self.threads,
+            "X_F16": int(is_f16),
+            "LEVEL_KIND": level_kind,
+        }
+
+    def geometry(self) -> list[tuple[int, int, int, int]]:
+        """Return segment, overlap, natural_columns and magic of four classes, zeros where there are fewer."""
+        found = [(p.segment, p.overlap, p.natural_columns, p.magic) for p in self.plans]
+        return found + [(0, 0, 0, 0)] * (4 - len(found))
+
+
+def choose_threads(layout: Layout, form: EntryForm) -> int:
+    """Choose the block size: as many threads as leave each the registers that it needs (from ptxas, sm_90)."""
+    if form.n_words == 2:
+        return 512
+    pressure = layout.words + (0 if layout.one_block else 2) + {1: 0, 2: -1, 4: -1, 8: 1}[form.tokens]
+    return {6: 896, 7: 768}.get(pressure, 1024 if pressure < 6 else 640)
+
+
+def plan_gather(
+    layout: Layout, *, tokens: int, cols: int, max_phrase: int, max_nonzeros: int, max_shared_bytes: int
+) -> GatherPlan | None:
+    """Plan the gather kernel for one number of tokens; None where the group does not fit it.
+
+    max_phrase, max_nonzeros : over the dictionaries that the group's experts use
+    """
+    if tokens not in TOKEN_CLASSES:
+        raise ValueError(f"the gather kernel takes {TOKEN_CLASSES} tokens, not {tokens}")
+    if max_nonzeros > MAX_GATHER_NONZEROS or cols < 1:
+        return None
+    n_nonzeros = next(n for n in _NONZEROS if n >= max_nonzeros)
+    reach = cols + 4 * max_phrase  # the last phrase and three padding codewords begin before this column
+    slot = 4 if tokens == 1 else 2 * tokens
+    # 2: the last row of the last slot is never a phrase's start, where its address would wrap to 0.
+    segment = max(-(-(reach + 2) // layout.lanes), max_phrase + 1) | 1
+    natural = reach + max_phrase + 1
+    for segmented in (True, False):
+        form = EntryForm(tokens, segmented, n_nonzeros)
+        if tokens == 1:
+            x_bytes = (segment + max_phrase) * 384 + 2 * cols if segmented else natural * 8
+        else:
+            # and zeros for the missing nonzeros, and where the outputs go
+            x_bytes = ((segment + max_phrase) * 32 if segmented else natural) * slot + 32 * slot + 16 * tokens
+        shared = _TABLE_BYTES + -(-x_bytes // 16) * 16
+        # scale * column * magic is exact up to 2**32 / (scale * segment) columns
+        exact = form.scale**2 * reach * segment < 1 << 32
+        if max_phrase <= form.max_phrase and shared <= max_shared_bytes and exact:
+            return GatherPlan(form, layout, choose_threads(layout, form), segment, max_phrase, natural, shared)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class TilePlan:
+    """One compiled form of the tile kernel (kernels/tile.cu).
+
+    groups : 32 rows each
+    pitch : words of two-bit digits per row
+    """
+
+    layout: Layout
+    n_nonzeros: int
+    groups: int
+    pitch: int
+    shared_bytes: int
+    threads: int = 512
+
+    @property
+    def form(self) -> EntryForm:
+        """The entries that it reads."""
+        return EntryForm(8, True, self.n_nonzeros)
+
+    def macros(self, *, is_f16: bool) -> dict[str, int]:
+        """Return the macros that kernels/tile.cu is compiled with."""
+        return {
+            "GROUPS": self.groups,
+            "NZ": self.n_nonzeros,
+            "LANES": self.layout.lanes,
+            "WORDS": self.layout.words,
+            "X_F16": int(is_f16),
+            "LEVEL_KIND": int(is_f16),
+        }
+
+
+def plan_tile(
+    layout: Layout, *, cols: int, max_phrase: int, max_nonzeros: int, max_shared_bytes: int, max_groups: int = 4
+) -> TilePlan | None:
+    """Plan the tile kernel; None where the group does not fit it."""
+    if max_nonzeros > MAX_GATHER_NONZEROS or max_phrase > EntryForm(8, True, 2).max_phrase or cols < 1 or cols % 8:
+        return None
+    n_nonzeros = next(n for n in _NONZEROS if n >= max_nonzeros)
+    table_bytes = 512 * 8 * 4 * EntryForm(8, True, n_nonzeros).n_words
+    words = 4 * -(-cols // 64)
+    pitch = words + (4 - words) % 8  # an odd multiple of 4, so that the rows of a fragment lie in different banks
+    for groups in (4, 2, 1):
+        shared = table_bytes + max(128 * groups * pitch, 128 * 1024)
+        if groups <= max_groups and shared <= max_shared_bytes:
+            return TilePlan(layout, n_nonzeros, groups, pitch, shared)
+    return None

@@ -1,0 +1,393 @@
+"""Decoding, encoding and products on the device, against the codec and float64."""
+
+import dataclasses
+import gc
+
+import numpy as np
+import pytest
+
+import qmoecodec
+from qmoecodec import reference
+
+torch = pytest.importorskip("torch", reason="needs torch")
+pytest.importorskip("cupy", reason="needs CuPy")
+pytestmark = pytest.mark.gpu
+
+SHAPES = [(1, 1, 1), (3, 5, 7), (2, 33, 64), (4, 17, 1031), (2, 40, 3072), (1, 3, 9000), (1, 2, 24001), (2, 64, 768)]
+
+
+@pytest.fixture
+def gpu():
+    from qmoecodec_gpu import backend
+
+    return backend.load()
+
+
+def poisoned(shape, dtype):
+    """A tensor of NaN with guards around it, and a function that says whether the guards are whole."""
+    n = int(np.prod(shape))
+    whole = torch.full((n + 512,), float("nan"), dtype=dtype, device="cuda")
+    whole[:256] = whole[-256:] = 7.0
+    return whole[256 : 256 + n].view(shape), lambda: bool((whole[:256] == 7).all() and (whole[-256:] == 7).all())
+
+
+def check_product(y, dense, x, experts):
+    """y[t] within the rounding of 16-bit output and float32 sums of the float64 product."""
+    y = y.double().cpu().numpy()
+    x = x.double().cpu().numpy()
+    eps = 2.0**-8
+    for t, e in enumerate(experts):
+        exact = dense[e] @ x[t]
+        bound = eps * np.abs(exact) + 1e-5 * (np.abs(dense[e]) @ np.abs(x[t])) + 1e-6
+        assert np.isfinite(y[t]).all()
+        assert (np.abs(y[t] - exact) <= bound).all(), (t, e, float(np.abs(y[t] - exact).max()))
+
+
+def multiply(experts, x, numbers):
+    from qmoecodec_gpu import matvec
+
+    y, whole = poisoned((len(numbers), experts.shape[1]), x.dtype)
+    routed = torch.tensor(numbers, dtype=torch.int64, device="cuda")
+    items = matvec.route(routed, n_experts=experts.shape[0], largest=matvec.choose_largest(experts, x))
+    matvec.run(experts, items, x, y)
+    torch.cuda.synchronize()
+    assert whole()
+    return y
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_dictionary_any_shape(gpu, case, dictionary, shape):
+    rng = np.random.default_rng(hash((shape, dictionary.threshold, dictionary.code_bits)) % 2**32)
+    data = case(shape, 0.885, dictionary, rng)
+    dense = data.dense()
+    for layout in ("auto", "file"):
+        experts = gpu.experts.load(data.encoded, data.levels, layout=layout)
+        assert (experts.decode().cpu().numpy() == data.digits).all()
+        last = shape[0] - 1
+        assert (experts.decode(last, dtype=torch.bfloat16).double().cpu().numpy() == dense[last]).all()
+        assert (experts.decode(last, dtype=torch.float16).float().cpu().numpy() == dense[last].astype(np.float16)).all()
+        for dtype in (torch.bfloat16, torch.float16):
+            for n in (1, 2, 3, 7, 19, 100):
+                numbers = rng.integers(shape[0], size=n).tolist()
+                x = torch.from_numpy(rng.standard_normal((n, shape[2]))).to("cuda", dtype)
+                check_product(multiply(experts, x, numbers), dense, x, numbers)
+
+
+def test_which_kernel_runs(gpu, case, bank):
+    """The fast kernel where it fits, and nowhere else."""
+    rng = np.random.default_rng(5)
+    for name, shape, fast in (
+        ("8 bit, .885", (1, 4, 6144), True),
+        ("8 bit, .885", (1, 4, 18000), True),  # natural order
+        ("8 bit, .885", (1, 4, 70000), False),
+        ("8 bit, 1/3", (1, 4, 512), True),
+        ("8 bit, .99", (1, 4, 512), False),
+        ("12 bit, .885", (1, 4, 512), False),
+    ):
+        data = case(shape, 0.885, bank[name](), rng)
+        experts = gpu.experts.load(data.encoded, data.levels)
+        assert (experts.gather_plan(1) is not None) == fast, name
+
+
+def test_recode(gpu, case, bank):
+    rng = np.random.default_rng(6)
+    data = case((3, 20, 600), 0.885, bank["16 bit, qmoe-2023"](), rng)
+    experts = gpu.experts.load(data.encoded, data.levels, recode=True)
+    assert experts.code_bits == 8
+    assert experts.gather_plan(1) is not None
+    assert (experts.decode().cpu().numpy() == data.digits).all()
+
+
+def test_several_dictionaries(gpu, case, bank):
+    rng = np.random.default_rng(7)
+    several = [bank[name]() for name in ("8 bit, .80", "8 bit, .95", "8 bit, .50")]
+    parts = [case((1, 24, 1500), p, several, rng) for p in (0.8, 0.95, 0.5, 0.82)]
+    digits = np.concatenate([p.digits for p in parts])
+    levels = np.concatenate([p.levels for p in parts])
+    encoded = qmoecodec.encode(digits, dictionary=several)
+    assert len(set(encoded.dictionary_index.tolist())) == 3
+    experts = gpu.experts.load(encoded, levels)
+    dense = dataclasses.replace(parts[0], digits=digits, levels=levels).dense()
+    for numbers in ([0, 1, 2, 3], [2, 2, 2, 1, 0, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1]):
+        x = torch.from_numpy(rng.standard_normal((len(numbers), 1500))).to("cuda", torch.bfloat16)
+        check_product(multiply(experts, x, numbers), dense, x, numbers)
+
+
+@pytest.mark.parametrize("part", range(20))
+def test_random_tensors(gpu, bank, part):
+    """1,000 tensors: encode on the device = the codec; decode = the digits; every fifth multiplied."""
+    rng = np.random.default_rng(800 + part)
+    dictionaries = [build() for build in bank.values()]
+    for number in range(50 * part, 50 * part + 50):
+        dictionary = dictionaries[number % len(dictionaries)]
+        shape = (int(rng.integers(1, 4)), int(rng.integers(1, 40)), int(np.exp(rng.uniform(0, np.log(3000)))))
+        # Rows of one tensor differ in density, so their lengths differ.
+        p_zero = rng.choice([0.3, 0.6, 0.85, 0.885, 0.97, 1.0], size=(shape[0], shape[1], 1))
+        draws = rng.random(shape)
+        digits = np.where(draws < p_zero, 0, np.where(draws < (1 + p_zero) / 2, -1, 1)).astype(np.int8)
+        on_device = torch.from_numpy(digits).cuda()
+        staged = gpu.encoding.encode(on_device, dictionary)
+        encoded = gpu.encoding.to_encoded(staged, dictionary)
+        expected = qmoecodec.encode(digits, dictionary=dictionary)
+        assert (encoded.codes == expected.codes).all()
+        assert (encoded.row_lengths == expected.row_lengths).all()
+        assert (encoded.code_offsets == expected.code_offsets).all()
+        if part == 0 and number < len(dictionaries):
+            row = [{0: 0, 1: 2, -1: 1}[d] for d in digits[0, 0].tolist()]
+            packed = reference.pack_row(reference.encode_row(row, dictionary), code_bits=dictionary.code_bits)
+            assert encoded.codes[: len(packed)].tobytes() == packed
+        levels = torch.stack([-torch.rand(shape[:2]) - 0.125, torch.rand(shape[:2]) + 0.125], -1).bfloat16()
+        experts = gpu.experts.load(expected, levels, layout="auto" if number % 4 else "file")
+        assert (experts.decode() == on_device).all()
+        if number % 5:
+            continue
+        n = int(rng.integers(1, 12))
+        numbers = rng.integers(shape[0], size=n).tolist()
+        x = torch.randn(n, shape[2], device="cuda").bfloat16()
+        low, high = levels[..., :1].double().numpy(), levels[..., 1:].double().numpy()
+        dense = np.where(digits < 0, low, np.where(digits > 0, high, 0.0))
+        check_product(multiply(experts, x, numbers), dense, x, numbers)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
+def test_level_dtypes(gpu, case, bank, dtype):
+    rng = np.random.default_rng(9)
+    data = case((2, 30, 700), 0.885, bank["8 bit, .885"](), rng)
+    types = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+    levels = torch.from_numpy(data.levels).to(types[dtype])
+    dense = data.dense()
+    x = torch.randn(3, 700, device="cuda").bfloat16()
+    for layout in ("auto", "file"):
+        experts = gpu.experts.load(data.encoded, levels, layout=layout)
+        check_product(multiply(experts, x, [0, 1, 0]), dense, x, [0, 1, 0])
+
+
+def damage(encoded, levels, rng):
+    """Break one thing somewhere."""
+    parts = {
+        name: getattr(encoded, name).copy() for name in ("codes", "code_offsets", "row_lengths", "dictionary_index")
+    }
+    levels = levels.copy()
+    kind = rng.integers(7)
+    flat = parts["codes"]
+    if kind <= 1:
+        flat[rng.integers(flat.size)] ^= np.uint8(1 << rng.integers(8))
+    elif kind == 2:
+        at = rng.integers(flat.size)
+        flat[at : at + 8] = rng.integers(256, size=flat[at : at + 8].size)
+    elif kind == 3:
+        parts["row_lengths"].reshape(-1)[rng.integers(parts["row_lengths"].size)] = rng.choice([0, 1, 2**31, 2**32 - 1])
+    elif kind == 4:
+        lengths = parts["row_lengths"].reshape(-1)
+        i, j = rng.integers(lengths.size, size=2)
+        if lengths[i]:
+            lengths[i] -= 1
+            lengths[j] += 1
+    elif kind == 5:
+        parts["code_offsets"][rng.integers(parts["code_offsets"].size)] = (0, 1, 2**63, 2**64 - 1)[rng.integers(4)]
+    else:
+        levels.reshape(-1)[rng.integers(levels.size)] = rng.choice([np.nan, np.inf, -0.0, 0.0, 3.0])
+    return dataclasses.replace(encoded, **parts), levels
+
+
+def reference_verdict(encoded, levels):
+    """What the reference says of every row: None, or the reason."""
+    from qmoecodec_gpu import loading, source
+
+    source.check_stack(encoded)
+    experts, rows, cols = encoded.shape
+    for e in range(experts):
+        dictionary = encoded.dictionaries[encoded.dictionary_index[e]]
+        sizes = [(int(n) * dictionary.code_bits + 7) // 8 for n in encoded.row_lengths[e]]
+        at, end = int(encoded.code_offsets[e]), int(encoded.code_offsets[e + 1])
+        if sum(sizes) != end - at:
+            raise qmoecodec.FormatError("row_lengths", expert=e)
+        for r in range(rows):
+            pair = (float(levels[e, r, 0]), float(levels[e, r, 1]))
+            data = encoded.codes[at : at + sizes[r]].tobytes()
+            try:
+                loading.check_row(data, int(encoded.row_lengths[e, r]), pair, cols, dictionary)
+            except qmoecodec.FormatError as error:
+                raise error.at(expert=e, row=r) from None
+            at += sizes[r]
+
+
+def test_damage_is_found(gpu, case, bank):
+    """Whatever is broken: the same verdict, reason and place as the reference, and no guard is touched."""
+    rng = np.random.default_rng(10)
+    verdicts = {}
+    guard = torch.full((1 << 20,), 7, dtype=torch.uint8, device="cuda")
+    for name in ("8 bit, .885", "8 bit, .80", "8 bit, table", "12 bit, .885", "16 bit, .885"):
+        data = case((2, 6, 200), 0.885, bank[name](), rng)
+        for _ in range(60):
+            encoded, levels = damage(data.encoded, data.levels, rng)
+            expected = found = None
+            try:
+                reference_verdict(encoded, levels)
+            except qmoecodec.FormatError as error:
+                expected = error
+            try:
+                experts = gpu.experts.load(encoded, levels)
+            except qmoecodec.FormatError as error:
+                found = error
+            else:
+                y = multiply(experts, torch.randn(2, 200, device="cuda").bfloat16(), [0, 1])
+                assert bool(y.isfinite().all())
+            if expected is None:
+                assert found is None
+            else:
+                assert found is not None
+                # When lengths of several experts are wrong, the device may see that before a wrong row.
+                if found.reason != "row_lengths":
+                    assert (found.reason, found.where) == (expected.reason, expected.where)
+            verdicts[expected.reason if expected else None] = verdicts.get(expected.reason if expected else None, 0) + 1
+    assert bool((guard == 7).all())
+    assert len(verdicts) >= 7, verdicts
+
+
+def test_dropped_and_missing_experts(gpu, case, bank):
+    data = case((3, 50, 400), 0.885, bank["8 bit, .885"](), np.random.default_rng(11))
+    for layout in ("auto", "file"):
+        experts = gpu.experts.load(data.encoded, data.levels, layout=layout)
+        x = torch.randn(6, 400, device="cuda").bfloat16()
+        y = multiply(experts, x, [-1, 0, 3, 2, -7, 1])
+        assert bool((y[0] == 0).all())
+        assert bool(y[2].isnan().all())
+        assert bool(y[4].isnan().all())
+        check_product(y[[1, 3, 5]], data.dense(), x[[1, 3, 5]], [0, 2, 1])
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 5, 64, 511, 513, 3000])
+def test_routing(gpu, n_tokens):
+    from qmoecodec_gpu import matvec
+
+    rng = np.random.default_rng(n_tokens)
+    expert = rng.integers(-1, 9, size=n_tokens)
+    for largest in (1, 2, 4, 8, 64):
+        found = matvec.route(torch.from_numpy(expert).cuda(), n_experts=8, largest=largest)
+        seen = []
+        for number in range(5):
+            size = 1 << number if number < 4 else 64
+            for i in range(int(found.n_items[number])):
+                e = int(found.item_expert[number, i])
+                tokens = found.item_tokens[number, size * i : size * (i + 1)].tolist()
+                tokens = [t for t in tokens if t >= 0]
+                assert (8 if size == 64 else size // 2) < len(tokens) <= size <= largest
+                want = -1 if e == -1 else 8 if e == -2 else e
+                assert (expert[tokens] == want).all()
+                seen += tokens
+            if n_tokens > 600 and number == 0:
+                break
+        if n_tokens <= 600:
+            assert sorted(seen) == list(range(n_tokens))
+
+
+def test_mlp_in_a_graph(gpu, case, bank):
+    """The whole expert block captured once, replayed with other tokens and another routing."""
+    rng = np.random.default_rng(12)
+    one, two = case((5, 96, 64), 0.85, bank["8 bit, .80"](), rng), case((5, 64, 96), 0.85, bank["8 bit, .80"](), rng)
+    wi, wo = gpu.experts.load(one.encoded, one.levels), gpu.experts.load(two.encoded, two.levels)
+    x = torch.randn(9, 64, device="cuda").bfloat16()
+    expert = torch.zeros(9, dtype=torch.int64, device="cuda")
+    scale = torch.rand(9, device="cuda")
+    gpu.ops.moe_mlp(x, expert, wi, wo, scale=scale)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = gpu.ops.moe_mlp(x, expert, wi, wo, scale=scale)
+    for _ in range(5):
+        numbers = rng.integers(5, size=9)
+        x.copy_(torch.randn(9, 64))
+        expert.copy_(torch.from_numpy(numbers))
+        y.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        hidden = np.maximum(np.einsum("trc,tc->tr", one.dense()[numbers], x.double().cpu().numpy()), 0)
+        exact = np.einsum("trc,tc->tr", two.dense()[numbers], hidden) * scale.double().cpu().numpy()[:, None]
+        assert np.linalg.norm(y.double().cpu().numpy() - exact) <= 1e-2 * np.linalg.norm(exact)
+        assert bool(y.isfinite().all())
+
+
+def test_operators(gpu, case, bank):
+    data = case((3, 32, 48), 0.85, bank["8 bit, .80"](), np.random.default_rng(13))
+    back = case((3, 48, 32), 0.85, bank["8 bit, .80"](), np.random.default_rng(14))
+    wi, wo = gpu.experts.load(data.encoded, data.levels), gpu.experts.load(back.encoded, back.levels)
+    x = torch.randn(4, 48, device="cuda").bfloat16()
+    expert = torch.tensor([0, 2, 2, 1], device="cuda")
+    scale = torch.rand(4, device="cuda")
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.qmoecodec.grouped_matvec, (x, expert, wi.handle), test_utils=tests)
+    torch.library.opcheck(torch.ops.qmoecodec.moe_mlp, (x, expert, scale, wi.handle, wo.handle), test_utils=tests)
+    handle = wi.handle
+    del wi
+    gc.collect()
+    with pytest.raises(KeyError):
+        torch.ops.qmoecodec.grouped_matvec(x, expert, handle)
+
+
+def test_streams(gpu, case, bank):
+    """Work goes to torch's current stream."""
+    data = case((2, 64, 512), 0.885, bank["8 bit, .885"](), np.random.default_rng(15))
+    experts = gpu.experts.load(data.encoded, data.levels)
+    stream = torch.cuda.Stream()
+    for _ in range(20):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(1_000_000)
+            x = torch.randn(2, 512, device="cuda").bfloat16()
+            y = gpu.ops.grouped_matvec(x, torch.tensor([0, 1], device="cuda"), experts)
+        stream.synchronize()
+        check_product(y, data.dense(), x, [0, 1])
+
+
+def test_one_expert_many_tokens(gpu, case, bank):
+    from qmoecodec_gpu import matvec
+
+    data = case((2, 130, 1000), 0.885, bank["8 bit, .885"](), np.random.default_rng(16))
+    experts = gpu.experts.load(data.encoded, data.levels)
+    for n in (1, 5, 16, 40, 200, 300):
+        x = torch.randn(n, 1000, device="cuda").bfloat16()
+        y = matvec.matmul(experts, x, 1)
+        exact = x.double() @ torch.from_numpy(data.dense()[1]).cuda().T
+        assert float((y.double() - exact).norm() / exact.norm()) < 4e-3
+    x = torch.randn(1000, device="cuda").bfloat16()
+    check_product(matvec.matvec(experts, x, 0)[None], data.dense(), x[None], [0])
+
+
+def test_wrong_arguments(gpu, case, bank):
+    from qmoecodec_gpu import matvec
+
+    data = case((2, 8, 40), 0.885, bank["8 bit, .885"](), np.random.default_rng(17))
+    experts = gpu.experts.load(data.encoded, data.levels)
+    good = torch.zeros(1, 40, dtype=torch.bfloat16, device="cuda")
+    expert = torch.zeros(1, dtype=torch.int64, device="cuda")
+    with pytest.raises(TypeError, match="bfloat16"):
+        matvec.grouped_matvec(experts, good.float(), expert)
+    with pytest.raises(ValueError, match="shape"):
+        matvec.grouped_matvec(experts, good[:, :39], expert)
+    with pytest.raises(ValueError, match="on cpu"):
+        matvec.grouped_matvec(experts, good.cpu(), expert)
+    with pytest.raises(TypeError, match="int64"):
+        matvec.grouped_matvec(experts, good, expert.int())
+    with pytest.raises(IndexError):
+        matvec.matvec(experts, good[0], 2)
+    with pytest.raises(IndexError):
+        experts.decode(2)
+    with pytest.raises(TypeError, match="decode"):
+        experts.decode(0, dtype=torch.float32)
+    with pytest.raises(qmoecodec.FormatError, match="role_shape"):
+        gpu.experts.load(data.encoded, data.levels[:, :7])
+    with pytest.raises(qmoecodec.FormatError, match="role_dtype"):
+        gpu.experts.load(data.encoded, data.levels.astype(np.uint16))
+
+
+def test_encode_rejects(gpu, bank):
+    digits = torch.zeros(2, 3, 50, dtype=torch.int8, device="cuda")
+    digits[1, 2, 49] = 2
+    with pytest.raises(ValueError, match="row 2 of expert 1"):
+        gpu.encoding.encode(digits, bank["8 bit, .885"]())
+    from qmoecodec.dictionary import table_from_phrases
+
+    poor = table_from_phrases([b"\0", b"\1"] + [b""] * 254, code_bits=8)
+    digits[1, 2, 49] = 1
+    with pytest.raises(qmoecodec.EncodeError, match="row 2 of expert 1"):
+        gpu.encoding.encode(digits, poor)

@@ -1,0 +1,161 @@
+"""The kernels' tables and parameters: what can be tested without a device."""
+
+import numpy as np
+import pytest
+
+from qmoecodec import reference
+from qmoecodec_gpu import plan, tables
+
+
+def test_general_entries(dictionary):
+    phrases = tables.list_phrases(dictionary)
+    entries, nonzeros = tables.general_entries(phrases)
+    rng = np.random.default_rng(0)
+    codewords = range(256) if dictionary.code_bits == 8 else rng.integers(dictionary.n_codewords, size=500)
+    for state in range(2):
+        for codeword in codewords:
+            phrase = dictionary.phrase(state if dictionary.n_states == 2 else 0, int(codeword))
+            word, start = (int(v) for v in entries[state, codeword])
+            places = [k for k, digit in enumerate(phrase) if digit]
+            assert word & 0xFF == len(phrase)
+            assert word >> 8 & 0xFF == len(places)
+            assert word >> 16 & 0xFF == (places[-1] if places else 0)
+            assert word >> 24 == (1 in phrase) | (2 in phrase) << 1
+            found = nonzeros[start : start + len(places)].tolist()
+            assert found == [k | (phrase[k] - 1) << 8 for k in places]
+
+
+@pytest.mark.parametrize("tokens", plan.TOKEN_CLASSES)
+@pytest.mark.parametrize("segmented", [True, False])
+def test_gather_entries(dictionary, tokens, segmented):
+    phrases = tables.list_phrases(dictionary)
+    form = tables.EntryForm(tokens, segmented, max(2, phrases.max_nonzeros))
+    if dictionary.code_bits != 8 or dictionary.max_phrase > form.max_phrase:
+        with pytest.raises(ValueError, match=r"gather kernel|do not fit"):
+            tables.gather_entries(phrases, form)
+        return
+    table = tables.gather_entries(phrases, form).view(np.uint8)
+    assert table.shape == (256, 2, 4 * form.n_words)
+    for codeword in range(256):
+        for state in range(2):
+            phrase = dictionary.phrase(state if dictionary.n_states == 2 else 0, codeword)
+            entry = table[codeword, state].tolist()
+            assert entry[0] == form.scale * len(phrase)
+            places = [(k, digit) for k, digit in enumerate(phrase) if digit]
+            for z, byte in enumerate(entry[1:]):
+                if tokens > 1:
+                    offset, is_missing, is_plus = byte >> 2, byte >> 1 & 1, not byte & 1
+                elif segmented:
+                    offset, plane = divmod(byte, 3)
+                    is_missing, is_plus = plane == 2, plane == 1
+                else:
+                    offset, is_missing, is_plus = (byte & 0x7F) >> 1, byte >> 7, byte & 1
+                if z < len(places):
+                    assert not is_missing
+                    assert (offset, 1 + bool(is_plus)) == places[z]
+                else:
+                    assert is_missing
+
+
+def walk(nodes, root, phrase):
+    node = root
+    for digit in phrase:
+        node = int(nodes[node][digit])
+        assert node >= 0
+    return node
+
+
+def test_encoder_trees(dictionary):
+    nodes, roots = tables.encoder_trees(dictionary)
+    for state in range(dictionary.n_states):
+        for codeword in range(0, dictionary.n_codewords, 1 if dictionary.code_bits == 8 else 97):
+            phrase = dictionary.phrase(state, codeword)
+            if phrase:
+                assert int(nodes[walk(nodes, roots[state], phrase)][3]) == codeword
+
+
+def test_encoder_transitions(dictionary):
+    table = tables.encoder_transitions(dictionary)
+    if dictionary.kind == "table" or dictionary.code_bits != 8:
+        assert table is None
+        return
+    rng = np.random.default_rng(3)
+    for p_zero in (0.3, 0.885, 0.97, 1.0):
+        for n in (1, 2, 7, 300):
+            row = rng.choice([0, 1, 2], p=[p_zero, (1 - p_zero) / 2, (1 - p_zero) / 2], size=n).tolist()
+            node, codewords = 0, []
+            for digit in row:
+                word = int(table[node, (0, 3, 1)[digit]])
+                codewords += [c - 1 for c in (word >> 14 & 0x1FF, word >> 23) if c]
+                node = word & 0x3FFF
+            if table[node, 2]:
+                codewords.append(int(table[node, 2]) - 1)
+            assert codewords == reference.encode_row(row, dictionary)
+
+
+def test_plan_stays_in_bounds():
+    rng = np.random.default_rng(1)
+    fits = 0
+    for _ in range(3000):
+        cols = int(np.exp(rng.uniform(0, np.log(80000))))
+        max_phrase = int(rng.integers(3, 256))
+        most = int(rng.integers(1, cols // 4 + 2))
+        least = int(rng.integers(1, most + 1))
+        layout = plan.choose_layout(least_words=least, mean_words=(least + most) / 2, most_words=most)
+        assert layout.lanes in (4, 8, 16, 32)
+        assert 2 <= layout.words <= 7
+        assert layout.sure_words * layout.lanes <= least
+        assert layout.one_block == (most <= layout.lanes * layout.words)
+        for tokens in plan.TOKEN_CLASSES:
+            found = plan.plan_gather(
+                layout, tokens=tokens, cols=cols, max_phrase=max_phrase, max_nonzeros=3, max_shared_bytes=232448
+            )
+            if found is None:
+                continue
+            fits += 1
+            # The farthest that a phrase of a valid row, or one of its three padding codewords, can begin.
+            start = cols - 1 + 4 * max_phrase
+            assert found.shared_bytes <= 232448
+            x_bytes = found.shared_bytes - 65536
+            if found.form.segmented:
+                assert found.overlap == max_phrase < found.segment
+                slot, row = divmod(start + 1, found.segment)
+                assert found.form.scale * (start + 1) * found.magic >> 32 == slot
+                assert slot < layout.lanes
+                column_bytes = 384 if tokens == 1 else 64 * tokens
+                # one past the last start, where a lane may stand after its last phrase
+                assert (slot, row) < (layout.lanes - 1, found.segment - 1)
+                planes_end = (found.segment + found.overlap) * column_bytes
+                assert planes_end + (2 * cols if tokens == 1 else 80 * tokens) <= x_bytes
+            else:
+                assert (start + 1 + max_phrase) <= found.natural_columns
+                assert found.natural_columns * (8 if tokens == 1 else 2 * tokens) + (80 * tokens if tokens > 1 else 0) <= x_bytes
+    assert fits > 1000
+
+
+def test_plan_refuses_what_does_not_fit():
+    layout = plan.choose_layout(least_words=4, mean_words=4, most_words=4)
+    options = {"tokens": 1, "cols": 64, "max_phrase": 60, "max_nonzeros": 3, "max_shared_bytes": 232448}
+    assert plan.plan_gather(layout, **options)
+    assert plan.plan_gather(layout, **{**options, "max_phrase": 200}) is None
+    assert plan.plan_gather(layout, **{**options, "max_nonzeros": 8}) is None
+    assert plan.plan_gather(layout, **{**options, "cols": 0}) is None
+    assert plan.plan_gather(layout, **{**options, "max_shared_bytes": 65536}) is None
+    with pytest.raises(ValueError, match="tokens"):
+        plan.plan_gather(layout, **{**options, "tokens": 3})
+
+
+def test_tile_plan():
+    layout = plan.choose_layout(least_words=4, mean_words=4, most_words=4)
+    options = {"max_phrase": 36, "max_nonzeros": 2, "max_shared_bytes": 232448}
+    for cols in (8, 64, 72, 2080, 6144, 6656, 14336):
+        found = plan.plan_tile(layout, cols=cols, **options)
+        assert found is not None
+        assert found.pitch * 16 >= cols
+        assert found.pitch % 8 == 4
+        assert found.shared_bytes <= 232448
+        assert found.shared_bytes >= 16384 + 32 * found.groups * found.pitch * 4
+    assert plan.plan_tile(layout, cols=6144, **options).groups == 4
+    assert plan.plan_tile(layout, cols=60, **options) is None
+    assert plan.plan_tile(layout, cols=200000, **options) is None
+    assert plan.plan_tile(layout, cols=64, **{**options, "max_phrase": 64}) is None

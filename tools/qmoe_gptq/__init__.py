@@ -1,0 +1,1 @@
+"""Quantize Switch Transformers to ternary experts with calibration data."""
