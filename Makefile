@@ -53,7 +53,7 @@ $(DOCS_STAMP): $(STAMP)
 	$(PIP) --no-build-isolation -e '.[docs]'
 	@touch $@
 
-demo: $(STAMP)  ## pack, inspect, verify and unpack the example model
+demo: $(STAMP)  ## store the example model, and quantize, evaluate and run it from the compressed form
 	@$(BIN)/python examples/demo.py
 
 test: lint types layers unit $(if $(CONFORMANCE),conformance)  ## everything a change must pass
@@ -87,8 +87,10 @@ test-wheel: $(STAMP)  ## run the tests against the built wheel
 	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q --no-deps --no-index --target $(WHEEL_SITE) build/wheel/*.whl
 	PYTHONPATH=$(CURDIR)/$(WHEEL_SITE) QMOECODEC_TEST_INSTALL=$(CURDIR)/$(WHEEL_SITE) $(BIN)/python -P -m pytest tests
 
-bench: $(STAMP)  ## speed of the codec on the CPU
+bench: $(STAMP)  ## speed of the codec on the CPU, sizes, and peak memory
 	@$(BIN)/python tools/bench/codec.py
+	@$(BIN)/python tools/bench/rates.py
+	@$(BIN)/python tools/bench/memory.py
 
 bench-gpu: $(STAMP)  ## speed of the kernels on the GPU
 	@$(BIN)/python tools/bench/gpu.py
