@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
 SIZES |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}
 EXPONENTS = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F80_0000, "F64": 0x7FF0_0000_0000_0000}
+RESERVED = "qmoecodec."
 ROLES = ("codes", "code_offsets", "row_lengths", "levels", "dictionary_index", "checksums")
 ENTRY = {"kind": str, "code_bits": int, "threshold": int, "crc32": str}
 GROUP = {"name": str, "layout": str, "source": str, "shape": list, "dtype": str, "code_bits": int, "row_length_base": int}
@@ -40,7 +41,9 @@ def need(condition: object, reason: str) -> None:
 
 # ---- §2.2: JSON ------------------------------------------------------------------------------------------------------
 
+SPACE = re.compile(r"[ \t\n\r]*")
 NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
+WORD = re.compile("true|false|null")
 CHARACTERS = re.compile(r'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4})+')
 SURROGATES = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 LONE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
@@ -52,19 +55,28 @@ class Parser:
     def __init__(self, text: str, free: str | None = None) -> None:
         self.text, self.at, self.free = text, 0, free
 
-    def skip(self, pattern: str = r"[ \t\n\r]*") -> str:
-        found = re.compile(pattern).match(self.text, self.at)
-        self.at = found.end() if found else self.at
-        return found.group() if found else ""
+    def skip(self, pattern: re.Pattern[str] = SPACE) -> str:
+        """Step over what the pattern matches here."""
+        found = pattern.match(self.text, self.at)
+        if found is None:
+            return ""
+        self.at = found.end()
+        return found.group()
+
+    def take(self, character: str) -> bool:
+        """Step over white space, and over this character if it is the next."""
+        self.skip()
+        found = self.text.startswith(character, self.at)
+        self.at += found
+        return found
 
     def string(self) -> str:
         start = self.at
+        need(self.take('"'), "header_json")
+        while not self.text.startswith('"', self.at):
+            if not self.skip(CHARACTERS) and not self.skip(SURROGATES):
+                raise RejectedError("header_encoding" if LONE.match(self.text, self.at) else "header_json")  # REQ-JSN-006
         self.at += 1
-        while not self.skip('"'):
-            found = CHARACTERS.match(self.text, self.at) or SURROGATES.match(self.text, self.at)
-            need(found or not LONE.match(self.text, self.at), "header_encoding")  # REQ-JSN-006
-            need(found, "header_json")
-            self.at = found.end() if found else 0
         return str(json.loads(self.text[start : self.at]))
 
     def value(self, depth: int = 0, any_number: bool = False) -> Any:
@@ -72,26 +84,22 @@ class Parser:
         first = self.text[self.at : self.at + 1]
         if first == '"':
             return self.string()
-        if first and first in "{[":
+        if first in ("{", "["):
             need(depth < 16, "json_depth")  # REQ-JSN-003
-            members: list[tuple[str, Any]] = []
             self.at += 1
-            self.skip()
-            while not self.skip("}" if first == "{" else "]"):
-                need(not members or self.skip(","), "header_json")
+            members: list[tuple[str, Any]] = []
+            while not self.take("}" if first == "{" else "]"):
+                need(not members or self.take(","), "header_json")
                 key = ""
                 if first == "{":
                     self.skip()
-                    need(self.text.startswith('"', self.at), "header_json")
                     key = self.string()
-                    self.skip()
-                    need(self.skip(":"), "header_json")
+                    need(self.take(":"), "header_json")
                 members.append((key, self.value(depth + 1, any_number or (depth == 0 and key == self.free))))
-                self.skip()
             need(first == "[" or len(dict(members)) == len(members), "duplicate_key")  # REQ-JSN-002
             return dict(members) if first == "{" else [value for _, value in members]
-        number = self.skip(NUMBER.pattern)
-        word = number or self.skip("true|false|null")
+        number = self.skip(NUMBER)
+        word = number or self.skip(WORD)
         need(word, "header_json")
         whole = number.isdigit() and len(number) < 20 and int(number) < 2**63
         need(whole or any_number or not number, "json_number")  # REQ-JSN-004
@@ -135,7 +143,7 @@ def tensor(entry: Any, data: memoryview) -> tuple[Tensor, tuple[int, int]]:
     need(len(shape) <= 8, "shape_rank")
     need(dtype in SIZES, "unknown_dtype")
     need(begin <= end, "offset_order")
-    need(math.prod(shape) * SIZES[dtype] < 2**63, "shape_overflow")
+    need(math.prod(shape) < 2**63, "shape_overflow")
     need(end - begin == math.prod(shape) * SIZES[dtype], "tensor_size")
     need(end <= len(data), "truncated")
     need(begin % SIZES[dtype] == 0, "misaligned")
@@ -145,6 +153,18 @@ def tensor(entry: Any, data: memoryview) -> tuple[Tensor, tuple[int, int]]:
 def check_role(part: Tensor, dtype: str, shape: list[int] | None) -> None:
     need(part.dtype == dtype, "role_dtype")
     need(part.shape == shape or (shape is None and len(part.shape) == 1), "role_shape")
+
+
+def check_roles(group: dict[str, Any], parts: dict[str, Tensor]) -> None:
+    """§6.2: dtypes and shapes of the role tensors."""
+    experts, rows, _ = group["shape"]
+    check_role(parts["codes"], "U8", None)
+    check_role(parts["code_offsets"], "U64", [experts + 1])
+    lengths = parts["row_lengths"].dtype
+    check_role(parts["row_lengths"], lengths if lengths in ("U8", "U16") else "U32", [experts, rows])
+    check_role(parts["levels"], group["dtype"], [experts, rows, 2])
+    check_role(parts["dictionary_index"], "U8", [experts])
+    check_role(parts["checksums"], "U32", [experts])
 
 
 def check_keys(value: Any, types: dict[str, type]) -> None:
@@ -171,6 +191,7 @@ def check_group(group: dict[str, Any]) -> None:
         need(all(a[1] < b[0] for a, b in itertools.pairwise(ranges)), "metadata_schema")
         need(sum(b - a for a, b in ranges) == group["shape"][0], "metadata_schema")
     need(max(group["shape"]) < 2**31 and math.prod(group["shape"]) < 2**62, "shape_overflow")  # REQ-GRP-006
+    need(not group["name"].startswith(RESERVED) and not group["source"].startswith(RESERVED), "reserved_name")
 
 
 def check_metadata(text: str) -> dict[str, Any]:
@@ -200,7 +221,9 @@ def check_metadata(text: str) -> dict[str, Any]:
         check_group(group)
         need(not names or names[-1] < group["name"].encode(), "metadata_schema")  # REQ-GRP-002
         names.append(group["name"].encode())
-    need(all(map(is_crc, metadata["passthrough"].values())), "metadata_schema")
+    for name, crc in metadata["passthrough"].items():
+        need(is_crc(crc), "metadata_schema")
+        need(not name.startswith(RESERVED), "reserved_name")  # REQ-MET-013
     return metadata
 
 
@@ -210,8 +233,8 @@ class File:
     def __init__(self, content: bytes) -> None:
         need(len(content) >= 8, "truncated")
         n = int.from_bytes(content[:8], "little")
-        need(len(content) >= 8 + n, "truncated")
         need(2 <= n <= 100_000_000 and n % 8 == 0, "header_size")
+        need(len(content) >= 8 + n, "truncated")
         try:
             text = content[8 : 8 + n].decode()
         except UnicodeDecodeError:
@@ -220,7 +243,7 @@ class File:
         need(text.startswith("{"), "header_json")
         parser, data = Parser(text), memoryview(content)[8 + n :]
         header = parser.value()
-        parser.skip(" {0,63}")
+        parser.skip(re.compile(" {0,63}"))
         need(parser.at == len(text), "header_json")
 
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -242,6 +265,7 @@ class File:
         check_role(checksum, "U32", [1])
         need(zlib.crc32(content[: 8 + n]) == int.from_bytes(checksum.data, "little"), "checksum")
         metadata = check_metadata(strings["qmoecodec"])
+        self.canonical = True
         self.dictionaries, self.groups = metadata["dictionaries"], metadata["groups"]
         self.passthrough: dict[str, str] = metadata["passthrough"]
 
@@ -249,10 +273,14 @@ class File:
         named += [f"{group['name']}_{role}" for group in self.groups for role in ROLES]
         need(self.tensors.keys() <= {*named, *self.passthrough} and not self.passthrough.keys() & set(named), "orphan_tensor")
         need(self.tensors.keys() >= {*named, *self.passthrough}, "missing_tensor")
-        public = [*self.passthrough, *(group["name"] for group in self.groups), *(group["source"] for group in self.groups)]
-        need(not any(name.startswith("qmoecodec.") for name in public), "reserved_name")
-        self.experts_fit = all(group["shape"][0] <= len(content) for group in self.groups)  # else role_shape follows
-        need(not self.experts_fit or len(set(self.sources())) == len(list(self.sources())), "source_conflict")
+        for i in range(len(self.dictionaries)):
+            check_role(self.tensors[f"qmoecodec.dictionary.{i}"], "U8", None)  # REQ-DIC-001
+        for group in self.groups:
+            check_roles(group, self.roles(group))
+        need(len(set(self.sources())) == len(self.sources()), "source_conflict")  # the number of experts is bounded by now
+
+    def roles(self, group: dict[str, Any]) -> dict[str, Tensor]:
+        return {role: self.tensors[f"{group['name']}_{role}"] for role in ROLES}
 
     def sources(self) -> list[str]:
         """The names of the restored tensors (§6.1)."""
@@ -272,7 +300,6 @@ class Dictionary:
     """`phrases[state]` maps each used codeword to its phrase."""
 
     def __init__(self, entry: dict[str, Any], part: Tensor) -> None:
-        check_role(part, "U8", None)
         need(f"{zlib.crc32(part.data):08x}" == entry["crc32"], "checksum")
         self.bits, self.threshold, self.table = entry["code_bits"], entry["threshold"], entry["kind"] == "table"
         self.phrases = [self.read_table(part.data)] if self.table else self.read_trees(part.data)
@@ -290,16 +317,16 @@ class Dictionary:
                 node = stack.pop()
                 need(at < len(symbols), "dictionary_size")
                 need(symbols[at] != 3, "dictionary_symbol")
-                need(len(node) <= 255, "dictionary_phrase_length")
                 if symbols[at] < 2:
                     (leaves, incomplete)[symbols[at]].append(node)
+                need(len(leaves) <= self.threshold, "dictionary_threshold")  # REQ-DIC-008
+                need(len(incomplete) <= 2**self.bits - self.threshold, "dictionary_threshold")
+                need(symbols[at] == 0 or len(node) < 255, "dictionary_phrase_length")
                 stack += [node + bytes([child]) for child in reversed(range((0, 1, 3)[symbols[at]]))]
                 at += 1
             trees.append((leaves, incomplete))
         need(len(data) == -(-at // 4), "dictionary_size")
         need(not any(symbols[at:]), "dictionary_padding")
-        for leaves, incomplete in trees:
-            need(len(leaves) <= self.threshold and len(incomplete) <= 2**self.bits - self.threshold, "dictionary_threshold")
         return [dict(enumerate(leaves)) | dict(enumerate(incomplete, self.threshold)) for leaves, incomplete in trees]
 
     def read_table(self, data: memoryview) -> dict[int, bytes]:  # §4.3
@@ -318,13 +345,13 @@ class Dictionary:
     def decode_row(self, codes: list[int], cols: int) -> bytes:
         row, state = b"", 0
         for code in codes:
+            need(len(row) < cols, "row_overrun")
             phrase = self.phrases[state].get(code, b"")
             need(phrase, "unused_codeword")
-            need(len(row) < cols, "row_overrun")
             row += phrase
-            need(not any(row[cols:]), "overrun_nonzero")
             state = int(code >= self.threshold)
         need(len(row) >= cols, "row_underrun")
+        need(not any(row[cols:]), "overrun_nonzero")
         return row[:cols]
 
     def encode_row(self, row: bytes) -> list[int]:
@@ -337,7 +364,8 @@ class Dictionary:
             fitting = [n for n in range(1, self.longest + 1) if ahead[at : at + n] in tree]
             reaching = [n for n in fitting if at + n >= len(row)]
             n = min(reaching) if reaching else max(fitting, default=0)
-            need(n, "not_canonical")
+            if n == 0:
+                break  # no phrase fits
             codes.append(tree[ahead[at : at + n]])
             at += n
         return codes
@@ -362,27 +390,23 @@ def check_levels(low: bytes, high: bytes, dtype: str) -> None:
     need(values[0] < values[1] or values == [0, 0], "level_value")  # REQ-LEV-002
 
 
-def decode_group(group: dict[str, Any], parts: dict[str, Tensor], dictionaries: list[Dictionary], deep: bool) -> list[bytes]:
-    """Return the bytes of each expert."""
+Parts = dict[str, Tensor]
+
+
+def decode_group(group: dict[str, Any], parts: Parts, bank: list[Dictionary], deep: bool) -> tuple[list[bytes], bool]:
+    """Return the bytes of each expert, and whether they are encoded as §5.1 and §6.2 say (if deep)."""
     (experts, rows, cols), dtype, size = group["shape"], group["dtype"], SIZES[group["dtype"]]
-    lengths_dtype = parts["row_lengths"].dtype if parts["row_lengths"].dtype in ("U8", "U16") else "U32"
-    check_role(parts["codes"], "U8", None)
-    check_role(parts["code_offsets"], "U64", [experts + 1])
-    check_role(parts["row_lengths"], lengths_dtype, [experts, rows])
-    check_role(parts["levels"], dtype, [experts, rows, 2])
-    check_role(parts["dictionary_index"], "U8", [experts])
-    check_role(parts["checksums"], "U32", [experts])
     codes, levels, index = parts["codes"].data, parts["levels"].data, parts["dictionary_index"].data
     offsets = struct.unpack(f"<{experts + 1}Q", parts["code_offsets"].data)
     checksums = struct.unpack(f"<{experts}I", parts["checksums"].data)
-    width = SIZES[lengths_dtype]
+    width = SIZES[parts["row_lengths"].dtype]
     stored = [int.from_bytes(parts["row_lengths"].data[i : i + width], "little") for i in range(0, experts * rows * width, width)]
     need(offsets[0] == 0 and list(offsets) == sorted(offsets) and offsets[-1] == len(codes), "code_offsets")  # REQ-GRP-009
 
-    restored = []
+    restored, canonical = [], True
     for e in range(experts):
-        need(index[e] < len(dictionaries) and dictionaries[index[e]].bits == group["code_bits"], "dictionary_index")
-        dictionary = dictionaries[index[e]]
+        need(index[e] < len(bank) and bank[index[e]].bits == group["code_bits"], "dictionary_index")
+        dictionary = bank[index[e]]
         own_levels = levels[e * rows * 2 * size : (e + 1) * rows * 2 * size]
         own = [codes[offsets[e] : offsets[e + 1]], parts["row_lengths"].data[e * rows * width : (e + 1) * rows * width]]
         own += [own_levels, index[e : e + 1], parts["code_offsets"].data[8 * e : 8 * e + 16]]
@@ -395,18 +419,19 @@ def decode_group(group: dict[str, Any], parts: dict[str, Tensor], dictionaries: 
         pairs = list(zip(each[::2], each[1::2], strict=True))
         for low, high in pairs:
             check_levels(low, high, dtype)
-        expert = []
-        for count, (begin, end), pair in zip(counts, itertools.pairwise(ends), pairs, strict=True):
+        decoded = []
+        for count, (begin, end) in zip(counts, itertools.pairwise(ends), strict=True):
             row_codes = unpack_codes(codes[begin:end], dictionary.bits, count)
             row = dictionary.decode_row(row_codes, cols)
             need(int.from_bytes(codes[begin:end], "little") >> count * dictionary.bits == 0, "row_padding")  # REQ-ROW-006
-            need(not deep or dictionary.encode_row(row) == row_codes, "not_canonical")  # REQ-ROW-001
+            canonical = canonical and (not deep or dictionary.encode_row(row) == row_codes)  # REQ-ROW-001
+            decoded.append(row)
+        for row, pair in zip(decoded, pairs, strict=True):
             need(not any(digit in row and not any(pair[digit - 1]) for digit in (1, 2)), "level_zero")  # REQ-LEV-003
-            expert.append(b"".join((bytes(size), *pair)[digit] for digit in row))
-        restored.append(b"".join(expert))
+        restored.append(b"".join((bytes(size), *pair)[d] for row, pair in zip(decoded, pairs, strict=True) for d in row))
     least, most = min(stored, default=group["row_length_base"]), max(stored, default=0)
-    need(not deep or (least == 0 and width == (1 if most < 2**8 else 2 if most < 2**16 else 4)), "not_canonical")  # REQ-GRP-013
-    return restored
+    canonical = canonical and least == 0 and width == (1 if most < 2**8 else 2 if most < 2**16 else 4)  # REQ-GRP-013
+    return restored, canonical
 
 
 Restored = dict[str, tuple[str, list[int], bytes]]
@@ -417,7 +442,8 @@ def decode_file(file: File, deep: bool) -> Restored:
     tensors, restored = file.tensors, {}
     dictionaries = [Dictionary(entry, tensors[f"qmoecodec.dictionary.{i}"]) for i, entry in enumerate(file.dictionaries)]
     for group in file.groups:
-        experts = decode_group(group, {role: tensors[f"{group['name']}_{role}"] for role in ROLES}, dictionaries, deep)
+        experts, canonical = decode_group(group, file.roles(group), dictionaries, deep)
+        file.canonical = file.canonical and canonical
         if group["layout"] == "stacked":
             for name, expert in zip(source_names(group), experts, strict=True):
                 restored[name] = (group["dtype"], group["shape"][1:], expert)
@@ -426,6 +452,13 @@ def decode_file(file: File, deep: bool) -> Restored:
     for name, crc in file.passthrough.items():
         need(f"{zlib.crc32(tensors[name].data):08x}" == crc, "checksum")  # REQ-CRC-003
         restored[name] = (tensors[name].dtype, tensors[name].shape, bytes(tensors[name].data))
+    return restored
+
+
+def decode_files(files: list[File], deep: bool) -> Restored:
+    """Decode files that belong together; only what is right otherwise is said to be not canonical."""
+    restored = {name: tensor for file in files for name, tensor in decode_file(file, deep).items()}
+    need(not deep or all(file.canonical for file in files), "not_canonical")
     return restored
 
 
@@ -443,7 +476,7 @@ def read_shard(directory: Path, name: str) -> bytes:
 def decode_directory(directory: Path, deep: bool) -> Restored:
     index = directory / "model.safetensors.index.json"
     if not index.exists():
-        return decode_file(File(read_shard(directory, "model.safetensors")), deep)
+        return decode_files([File(read_shard(directory, "model.safetensors"))], deep)
     need(index.stat().st_size <= 100_000_000, "shard_index")
     try:
         text = index.read_bytes().decode()
@@ -456,12 +489,12 @@ def decode_directory(directory: Path, deep: bool) -> Restored:
     need(all(isinstance(name, str) for name in weight_map.values()), "shard_index")
     contents = {name: read_shard(directory, name) for name in dict.fromkeys(weight_map.values())}
     files = {name: File(content) for name, content in contents.items()}
-    for name, file in files.items():  # REQ-SHD-002
-        there = {tensor for tensor in file.tensors if not tensor.startswith("qmoecodec.")}
-        need({tensor for tensor in weight_map if weight_map[tensor] == name} == there, "shard_mismatch")
-    sources = [source for file in files.values() if file.experts_fit for source in file.sources()]
-    need(len(set(sources)) == len(sources), "source_conflict")  # REQ-SHD-006
-    return {name: restored for file in files.values() for name, restored in decode_file(file, deep).items()}
+    there = {name: [tensor for tensor in file.tensors if not tensor.startswith(RESERVED)] for name, file in files.items()}
+    sources = [source for file in files.values() for source in file.sources()]
+    for names in (list(itertools.chain(*there.values())), sources):
+        need(len(set(names)) == len(names), "source_conflict")  # REQ-SHD-006
+    need(weight_map == {tensor: name for name in files for tensor in there[name]}, "shard_mismatch")  # REQ-SHD-002
+    return decode_files(list(files.values()), deep)
 
 
 def main(arguments: list[str]) -> int:
@@ -471,7 +504,7 @@ def main(arguments: list[str]) -> int:
         return 2
     source, out = Path(arguments[1]), Path(arguments[3])
     try:
-        restored = decode_directory(source, deep) if source.is_dir() else decode_file(File(source.read_bytes()), deep)
+        restored = decode_directory(source, deep) if source.is_dir() else decode_files([File(source.read_bytes())], deep)
     except RejectedError as error:
         print(json.dumps({"error": str(error)}))
         return 1

@@ -14,7 +14,7 @@ from qmoecodec.dictionary import aivf
 from qmoecodec.types import Dictionary
 from qmoecodec_gpu import modules, plan, tables
 from qmoecodec_gpu.loading import Facts, Staged, repack, stage, validate
-from qmoecodec_gpu.source import LEVEL_DTYPES, Stack, check_stack, raw_levels
+from qmoecodec_gpu.source import LEVEL_DTYPES, check_stack, raw_levels
 
 _handles = itertools.count(1)
 _by_handle: weakref.WeakValueDictionary[int, GpuExperts] = weakref.WeakValueDictionary()
@@ -103,15 +103,14 @@ class GpuExperts:
         self._plans: dict[int, plan.GatherPlan | None] = {}
         self._launches: dict[int, plan.Launch | None] = {}
         self._tiles: dict[int, plan.TilePlan | None] = {}
-        self.expert_numbers = torch.arange(max(1, shape[0]), dtype=torch.int32, device=self.device)
         self.handle = next(_handles)
         _by_handle[self.handle] = self
 
     @classmethod
     def load(
         cls,
-        stack: Stack,
-        levels: Any,
+        stack: Any,
+        levels: Any = None,
         *,
         dtype: str | None = None,
         device: torch.device | str = "cuda",
@@ -120,8 +119,8 @@ class GpuExperts:
     ) -> GpuExperts:
         """Upload a group, check all of it on the device, and repack it for the kernels (spec §5.2, §6).
 
-        stack : `qmoecodec.Encoded`, or a group of an open file
-        levels : [experts, rows, 2]    low and high level (`source.raw_levels`)
+        stack : a group of an open file (`qmoecodec.open`), or a `qmoecodec.Encoded` with its levels
+        levels : [experts, rows, 2]    low and high level (`source.raw_levels`); those of the group if None
         dtype : "BF16", "F16", "F32" or "F64"; needed only for bfloat16 given as uint16
         layout : "auto", or "file" to keep the file's order and so the general kernels
         recode : encode experts of 12- or 16-bit codewords anew with 8 bits, for the fast kernel
@@ -130,6 +129,8 @@ class GpuExperts:
         """
         if layout not in ("auto", "file"):
             raise ValueError(f"layout is 'auto' or 'file', not {layout!r}")
+        if levels is None:
+            stack, levels, dtype = stack.encoded(), stack.levels, stack.dtype
         check_stack(stack)
         raw = raw_levels(levels, stack.shape, dtype)
         target = torch.device(device)
@@ -137,8 +138,11 @@ class GpuExperts:
             target = torch.device("cuda", torch.cuda.current_device())
         with torch.cuda.device(target):
             level_bytes = torch.from_numpy(raw.data).to(target)
-            bank = Bank.upload(tuple(stack.dictionaries) or (_trivial_dictionary(),), target)
-            staged = stage(stack, bank.dictionaries[0].code_bits if not stack.shape[0] else _bits(stack), target)
+            # A file's bank may hold dictionaries of other groups, with other code bits.
+            used, index = np.unique(stack.dictionary_index, return_inverse=True)
+            dictionaries = tuple(stack.dictionaries[i] for i in used) or (_trivial_dictionary(),)
+            bank = Bank.upload(dictionaries, target)
+            staged = stage(stack, index.astype(np.uint8), dictionaries[0].code_bits, target)
             return cls.from_staged(staged, bank, level_bytes, raw.dtype, layout=layout, recode=recode)
 
     @classmethod
@@ -199,7 +203,6 @@ class GpuExperts:
             "levels": self.levels.nbytes,
             "other": self.expert_start.nbytes
             + self.dictionary_index.nbytes
-            + self.expert_numbers.nbytes
             + self.bank.entries.nbytes
             + self.bank.nonzeros.nbytes,
         }
@@ -236,13 +239,9 @@ class GpuExperts:
         return self._tiles[max_groups]
 
     def decode(
-        self,
-        expert: int | torch.Tensor | None = None,
-        *,
-        dtype: torch.dtype = torch.int8,
-        out: torch.Tensor | None = None,
+        self, expert: int | None = None, *, dtype: torch.dtype = torch.int8, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Decode one expert, several (an int32 tensor on the device, trusted), or all (spec §5.2, §6.3).
+        """Decode one expert, or all (spec §5.2, §6.3).
 
         dtype : torch.int8 for the digits -1, 0, 1; torch.bfloat16 or torch.float16 for the levels
         Returns [rows, cols] for one expert, else [experts, rows, cols].
@@ -250,17 +249,10 @@ class GpuExperts:
         experts, rows, cols = self.shape
         if dtype not in (torch.int8, torch.bfloat16, torch.float16):
             raise TypeError(f"decode gives int8, bfloat16 or float16, not {dtype}")
-        if isinstance(expert, torch.Tensor):
-            if expert.dtype != torch.int32 or expert.device != self.device or expert.ndim != 1:
-                raise TypeError("a list of experts is a one-dimensional int32 tensor on the experts' device")
-            listed, n = expert.contiguous(), len(expert)
-        elif expert is None:
-            listed, n = self.expert_numbers[:experts], experts
-        else:
-            if not -experts <= expert < experts:
-                raise IndexError(f"expert {expert} of {experts}")
-            listed, n = self.expert_numbers[expert % experts :][:1], 1
-        shape = (rows, cols) if isinstance(expert, int) else (n, rows, cols)
+        if expert is not None and not 0 <= expert < experts:
+            raise IndexError(f"expert {expert} of {experts}")
+        first, n = (0, experts) if expert is None else (expert, 1)
+        shape = (n, rows, cols) if expert is None else (rows, cols)
         if out is None:
             out = torch.empty(shape, dtype=dtype, device=self.device)
         elif out.shape != shape or out.dtype != dtype or out.device != self.device or not out.is_contiguous():
@@ -280,7 +272,7 @@ class GpuExperts:
             modules.THREADS,
             (
                 *self.rows_arguments(),
-                modules.pointer(listed),
+                modules.i32(first),
                 modules.i32(n),
                 modules.pointer(out),
                 modules.i32(rows),
@@ -347,10 +339,6 @@ def _choose_layout(facts: Facts, bank: Bank, cols: int, device: torch.device) ->
         if found is not None:
             fallback = layout
     return fallback
-
-
-def _bits(stack: Stack) -> int:
-    return stack.dictionaries[int(stack.dictionary_index[0])].code_bits
 
 
 def _trivial_dictionary() -> Dictionary:

@@ -60,8 +60,10 @@ def _to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
         return torch.from_numpy(contiguous).to(device)
 
 
-def stage(stack: Stack, bits: int, device: torch.device) -> Staged:
+def stage(stack: Stack, dictionary_index: npt.NDArray[np.uint8], bits: int, device: torch.device) -> Staged:
     """Upload a stack that `check_stack` passed, and place its rows (spec §6.2).
+
+    dictionary_index : uint8[experts]    into the bank that goes with it on the device
 
     Raises FormatError: row_lengths; ValueError for an expert of 2 GiB and more.
     """
@@ -72,7 +74,7 @@ def stage(stack: Stack, bits: int, device: torch.device) -> Staged:
         codes=_to_device(stack.codes, device),
         sizes=sizes,
         row_lengths=lengths,
-        dictionary_index=_to_device(stack.dictionary_index, device),
+        dictionary_index=_to_device(dictionary_index, device),
         bits=bits,
     )
 

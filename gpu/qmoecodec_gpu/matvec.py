@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,7 +14,7 @@ from qmoecodec_gpu.experts import GpuExperts
 #: Up to so many tokens the routing kernel sorts by itself; beyond, torch does.
 _SORT_IN_KERNEL: Final = 512
 #: Tokens of one expert from which decoding it to a scratch matrix and a dense product win (docs/performance-gpu.md).
-DENSE_FROM: Final = 256
+DENSE_FROM: Final = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +22,19 @@ class Route:
     """Work lists on the device, one per class of 1, 2, 4, 8 and 64 tokens (kernels/route.cu).
 
     n_items : int32[5];  item_expert : int32[5, tokens];  item_tokens : int32[5, 8 * tokens]
-    n_tokens : the number of tokens, which bounds the lists;  largest : tokens per item at most, 1, 2, 4, 8 or 64
+    n_tokens : the number of tokens, which bounds the lists
+    n_experts : the experts that they were routed to
+    largest : tokens per item at most, 1, 2, 4, 8 or 64
+    max_large : items of more than 16 tokens at most
     """
 
     n_items: torch.Tensor
     item_expert: torch.Tensor
     item_tokens: torch.Tensor
     n_tokens: int
+    n_experts: int
     largest: int
+    max_large: int
 
 
 def largest_class(experts: GpuExperts) -> int:
@@ -47,7 +53,7 @@ def takes_tiles(experts: GpuExperts, x: torch.Tensor) -> bool:
 
 def choose_largest(experts: GpuExperts, x: torch.Tensor) -> int:
     """Return the size of the largest item for these experts and tokens."""
-    return plan.TILE_TOKENS if len(x) > 8 and takes_tiles(experts, x) else largest_class(experts)
+    return plan.TILE_TOKENS if len(x) > 16 and takes_tiles(experts, x) else largest_class(experts)
 
 
 def route(expert: torch.Tensor, *, n_experts: int, largest: int) -> Route:
@@ -81,9 +87,9 @@ def route(expert: torch.Tensor, *, n_experts: int, largest: int) -> Route:
             p(item_expert),
             p(item_tokens),
         ),
-        shared_bytes=0 if by_expert is not None else 12 * tokens,
+        shared_bytes=0 if by_expert is not None else 12 * tokens + 16,  # reads are paired
     )
-    return Route(n_items, item_expert.view(5, tokens), item_tokens.view(5, 8 * tokens), tokens, largest)
+    return Route(n_items, item_expert.view(5, tokens), item_tokens.view(5, 8 * tokens), tokens, n_experts, largest, tokens // 17)
 
 
 def check_x(experts: GpuExperts, x: torch.Tensor) -> None:
@@ -112,10 +118,17 @@ def run(
     scale : float32[tokens] or None    factor of each token's y, after relu
     """
     check_x(experts, x)
-    if scale is not None and (scale.dtype != torch.float32 or scale.shape != x.shape[:1] or not scale.is_contiguous()):
-        raise TypeError("scale is a contiguous float32 tensor, one number per token")
+    if (items.n_tokens, items.n_experts) != (x.shape[0], experts.shape[0]) or items.n_items.device != x.device:
+        raise ValueError(f"{items.n_tokens} tokens were routed to {items.n_experts} experts; this is {tuple(x.shape)}, {experts}")
+    if y.shape != (x.shape[0], experts.shape[1]) or y.dtype != x.dtype or y.device != x.device or not y.is_contiguous():
+        raise ValueError(f"y must be a contiguous {x.dtype} tensor [tokens, {experts.shape[1]}]")
+    if scale is not None:
+        if scale.dtype != torch.float32 or scale.shape != x.shape[:1] or not scale.is_contiguous():
+            raise TypeError("scale is a contiguous float32 tensor, one number per token")
+        if scale.device != x.device:
+            raise ValueError(f"scale is on {scale.device}, x on {x.device}")
     _launch(experts, items, x, y, relu=relu, scale=scale)
-    if items.largest == plan.TILE_TOKENS and items.n_tokens > 8:
+    if items.largest == plan.TILE_TOKENS and items.n_tokens > 16:
         if not takes_tiles(experts, x):
             raise ValueError("items of more than 8 tokens need x on 16-byte boundaries and levels of x's type")
         _launch_tiles(experts, items, x, y, relu=relu, scale=scale)
@@ -127,7 +140,7 @@ def _launch_tiles(
     """Queue the tile kernel for the items of more than 8 tokens. Trusts its arguments."""
     _, rows, cols = experts.shape
     device = experts.device
-    max_items = items.n_tokens // 9
+    max_items = items.max_large
     n_multiprocessors = modules.n_multiprocessors(device)
     tile = experts.tile_plan(4 if max_items * -(-rows // 128) >= n_multiprocessors else 1)
     if tile is None or rows == 0:
@@ -242,18 +255,29 @@ def matvec(experts: GpuExperts, x: torch.Tensor, expert: int, *, out: torch.Tens
     return y
 
 
-def matmul(experts: GpuExperts, x: torch.Tensor, expert: int, *, scratch: torch.Tensor | None = None) -> torch.Tensor:
+def matmul(
+    experts: GpuExperts,
+    x: torch.Tensor,
+    expert: int,
+    *,
+    scratch: torch.Tensor | None = None,
+    dense_from: int = DENSE_FROM,
+) -> torch.Tensor:
     """Multiply one expert, known to the host, with many vectors: x[tokens, cols] @ expert.T -> [tokens, rows].
 
     scratch : [rows, cols] of x's dtype    where the expert is decoded to for the dense product; allocated if None
+    dense_from : tokens from which that is done
     """
     check_x(experts, x)
     if not 0 <= expert < experts.shape[0]:
         raise IndexError(f"expert {expert} of {experts.shape[0]}")
-    if len(x) >= DENSE_FROM:
+    if len(x) >= dense_from:
         return x @ experts.decode(expert, dtype=x.dtype, out=scratch).T
     numbers = torch.full((len(x),), expert, dtype=torch.int64, device=x.device)
-    return grouped_matvec(experts, x, numbers)
+    items = route(numbers, n_experts=experts.shape[0], largest=choose_largest(experts, x))
+    y = empty_y(experts, x)
+    run(experts, dataclasses.replace(items, max_large=-(-len(x) // plan.TILE_TOKENS)), x, y)
+    return y
 
 
 def grouped_matvec(experts: GpuExperts, x: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:

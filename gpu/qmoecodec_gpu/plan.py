@@ -73,7 +73,6 @@ class GatherPlan:
 
     form: EntryForm
     layout: Layout
-    threads: int
     segment: int
     overlap: int
     natural_columns: int
@@ -96,8 +95,8 @@ class Launch:
 
     @property
     def threads(self) -> int:
-        """Threads per block: the largest class needs most registers."""
-        return self.plans[-1].threads
+        """Threads per block: enough to hide latency, and registers for the largest class (docs/performance-gpu.md)."""
+        return 512
 
     @property
     def shared_bytes(self) -> int:
@@ -125,14 +124,6 @@ class Launch:
         """Return segment, overlap, natural_columns and magic of four classes, zeros where there are fewer."""
         found = [(p.segment, p.overlap, p.natural_columns, p.magic) for p in self.plans]
         return found + [(0, 0, 0, 0)] * (4 - len(found))
-
-
-def choose_threads(layout: Layout, form: EntryForm) -> int:
-    """Choose the block size: as many threads as leave each the registers that it needs (from ptxas, sm_90)."""
-    if form.n_words == 2:
-        return 512
-    pressure = layout.words + (0 if layout.one_block else 2) + {1: 0, 2: -1, 4: -1, 8: 1}[form.tokens]
-    return {6: 896, 7: 768}.get(pressure, 1024 if pressure < 6 else 640)
 
 
 def plan_gather(
@@ -163,7 +154,7 @@ def plan_gather(
         # scale * column * magic is exact up to 2**32 / (scale * segment) columns
         exact = form.scale**2 * reach * segment < 1 << 32
         if max_phrase <= form.max_phrase and shared <= max_shared_bytes and exact:
-            return GatherPlan(form, layout, choose_threads(layout, form), segment, max_phrase, natural, shared)
+            return GatherPlan(form, layout, segment, max_phrase, natural, shared)
     return None
 
 

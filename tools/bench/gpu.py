@@ -206,11 +206,13 @@ def describe(report: Report, *, times: bool = True) -> None:
     ).stdout.strip()
     import cupy
 
+    # Where the report goes is nobody's business.
+    command = [a for i, a in enumerate(sys.argv) if a != "--out" and (i == 0 or sys.argv[i - 1] != "--out")]
     report(f"# GPU kernels, {datetime.date.today().isoformat()}")
     report()
     report(
         f"{torch.cuda.get_device_name()}, driver {driver}, torch {torch.__version__}, CuPy {cupy.__version__}, "
-        f"Python {platform.python_version()}. Command: `python {' '.join(sys.argv)}`."
+        f"Python {platform.python_version()}. Command: `python {' '.join(command)}`."
     )
     if times:
         report("Times in microseconds per expert, medians of CUDA graph replays; x and y bfloat16, sums float32.")

@@ -160,16 +160,16 @@ constexpr u32 WINDOW_BYTES = 4096, WINDOW = WINDOW_BYTES / OUT_BYTES;
 
 extern "C" __global__ void decode_rows(const u8* codes, const u64* expert_start, const u32* row_start,
                                        const void* levels, const u8* dictionary, const uint2* entries,
-                                       const u16* nonzeros, const u32* threshold, const int* expert_list, int n_list,
+                                       const u16* nonzeros, const u32* threshold, int first_expert, int n_experts,
                                        Out* out, int rows, int cols, int bits, int lanes, int words) {
   extern __shared__ __align__(16) u8 shared[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   Out* window = (Out*)(shared + warp * WINDOW_BYTES);
   const bool aligned = ((u64)cols * OUT_BYTES) % 16 == 0 && (u64)out % 16 == 0;
-  const u64 n_warps = (u64)gridDim.x * (blockDim.x >> 5), total = (u64)n_list * rows;
+  const u64 n_warps = (u64)gridDim.x * (blockDim.x >> 5), total = (u64)n_experts * rows;
   for (u64 r = (u64)blockIdx.x * (blockDim.x >> 5) + warp; r < total; r += n_warps) {
     u32 item = (u32)(r / rows), in_expert = (u32)(r - (u64)item * rows);
-    u32 expert = expert_list ? expert_list[item] : item, d = dictionary[expert], T = threshold[d];
+    u32 expert = first_expert + item, d = dictionary[expert], T = threshold[d];
     const uint2* table = entries + ((u64)d << (bits + 1));
     Row row(codes, expert_start, row_start, rows, expert, in_expert, bits, lanes, words);
 #if OUT_BYTES == 1

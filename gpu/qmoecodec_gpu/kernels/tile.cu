@@ -10,7 +10,7 @@
 //     16-byte loads of x and one word of digits make the fragments of four mma.m16n8k16.
 //  3. Digits lie in a word so that those of one mma are at every eighth bit: shift and mask spread them, one multiplication
 //     makes byte selectors of them, and __byte_perm selects 0, the low or the high level: two bfloat16 at once.
-//  4. Warps share the columns out among them (SLICES) and add up in shared memory at the end.
+//  4. Warps share the columns out among them and add up in shared memory at the end.
 //
 // Trusts what gather.cu trusts, and: x rows on 16-byte boundaries, cols a multiple of 8, levels of x's type.
 #include "common.cuh"
@@ -28,7 +28,7 @@
 #define GROUPS 4  // warps along the rows: 32 rows each
 #endif
 
-constexpr int THREADS = 512, WARPS = THREADS / 32, SLICES = WARPS / GROUPS, TILE = 32 * GROUPS, TOKENS = 64;
+constexpr int THREADS = 512, WARPS = THREADS / 32, TILE = 32 * GROUPS, TOKENS = 64;
 constexpr int ROWS_PER_WARP = 32 / LANES, BLOCK = LANES * WORDS;
 #if NZ > 3
 typedef uint2 Entry;
@@ -106,11 +106,13 @@ __device__ __forceinline__ void decode_rows_of_tile(const u32* words_of, const u
     for (int k = 0; k < 4 * WORDS; k++) {
 #pragma unroll
       for (int z = 1; z <= NZ; z++) {
-        u32 byte = entry_word(entry[k], z) >> (8 * (z & 3)) & 0xff, c = column + (byte >> 2);
-        if (!(byte & 2) && c < (u32)cols)  // padding codewords stand beyond the row
-          atomicOr(out + (c >> 4), (byte & 1 ? 1u : 2u) << (8 * (c & 3) + 2 * (c >> 2 & 3)));
+        const int shift = 8 * (z & 3);
+        u32 word = entry_word(entry[k], z), c = column + (word >> (shift + 2) & 63);
+        u32 value = (2 - (word >> shift & 1)) << ((c & 3) * 8 + (c >> 1 & 6));
+        if (!(word >> shift & 2) && c < (u32)cols)  // padding codewords stand beyond the row
+          atomicOr((u32*)((u8*)out + (c >> 2 & ~3u)), value);
       }
-      column += (entry_word(entry[k], 0) & 0xff) >> 2;
+      column += entry_word(entry[k], 0) >> 2 & 63;
     }
     left -= here;
     at += here;
@@ -125,9 +127,9 @@ matmul_tile(const u32* codes, const u64* expert_start, const u32* row_start, con
   extern __shared__ __align__(128) u8 shared[];
   Entry* const table = (Entry*)shared;
   u32* const digits = (u32*)(shared + TABLE_BYTES);
-  float* const partial = (float*)digits;  // [SLICES][TOKENS][TILE], when the digits are done with
+  float* const partial = (float*)digits;  // [slices][TOKENS][TILE], when the digits are done with
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  const int band = warp % GROUPS, slice = warp / GROUPS;
+  const int band = warp % GROUPS;
   const int tiles = (rows + TILE - 1) / TILE, blocks = (cols + 63) / 64;
   const u32 total = (u32)tiles * *n_items;
   int filled = -1;
@@ -161,60 +163,66 @@ matmul_tile(const u32* codes, const u64* expert_start, const u32* row_start, con
     }
     int n_tokens = 0;
     for (int i = 0; i < TOKENS; i += 8) n_tokens += tokens[i] >= 0 ? 8 : 0;  // they stand first, in whole octets
-    const u16* x_of[8];
+    // More than 32 tokens are shared out to two warps, and the columns to half as many.
+    const int halves = n_tokens > 32 ? 2 : 1, half = warp / GROUPS % halves, slices = WARPS / GROUPS / halves;
+    const int slice = warp / (GROUPS * halves);
+    const u16* x_of[4];
 #pragma unroll
-    for (int n = 0; n < 8; n++) {
-      int token = 8 * n < n_tokens ? tokens[8 * n + g] : -1;
+    for (int n = 0; n < 4; n++) {
+      int octet = 4 * half + n, token = 8 * octet < n_tokens ? tokens[8 * octet + g] : -1;
       x_of[n] = token >= 0 ? x + token * x_stride + 16 * t : nullptr;
     }
-    float sum[2][8][4] = {};
+    const int octets = min(4, n_tokens / 8 - 4 * half);
+    float sum[2][4][4] = {};
     const u32* const lane_digits = digits + (band * 32 + g) * pitch + t;
-    for (int block = slice; block < blocks; block += SLICES) {
-      u32 a[2][4][4];  // [mma tile][step][register]
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        u32 word = lane_digits[i * 8 * pitch + 4 * block];
-#pragma unroll
-        for (int s = 0; s < 4; s++) {
-          u32 select = (word >> (2 * s) & 0x03030303u) * 0x22u + 0x10101010u;
-          a[i >> 1][s][i & 1] = __byte_perm(low[i], high[i], select);
-          a[i >> 1][s][2 + (i & 1)] = __byte_perm(low[i], high[i], select >> 16);
-        }
-      }
+    for (int block = slice; block < blocks; block += slices) {
       const int column = 64 * block + 16 * t;
+      uint4 b[4][2];  // all loads of a block are on their way together
 #pragma unroll
-      for (int n = 0; n < 8; n++) {
-        if (8 * n >= n_tokens) break;
-        uint4 b[2];
+      for (int n = 0; n < 4; n++)
 #pragma unroll
-        for (int h = 0; h < 2; h++)
-          b[h] = x_of[n] && column + 8 * h < cols ? __ldg((const uint4*)(x_of[n] + 64 * block + 8 * h)) : make_uint4(0, 0, 0, 0);
+        for (int h = 0; h < 2; h++) {
+          b[n][h] = make_uint4(0, 0, 0, 0);
+          if (x_of[n] && column + 8 * h < cols) b[n][h] = __ldg((const uint4*)(x_of[n] + 64 * block + 8 * h));
+        }
+      u32 word[4];
 #pragma unroll
-        for (int m = 0; m < 2; m++) {
-          mma(sum[m][n], a[m][0], b[0].x, b[0].y);
-          mma(sum[m][n], a[m][1], b[0].z, b[0].w);
-          mma(sum[m][n], a[m][2], b[1].x, b[1].y);
-          mma(sum[m][n], a[m][3], b[1].z, b[1].w);
+      for (int i = 0; i < 4; i++) word[i] = lane_digits[i * 8 * pitch + 4 * block];
+#pragma unroll
+      for (int s = 0; s < 4; s++) {
+        u32 a[2][4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          u32 select = (word[i] >> (2 * s) & 0x03030303u) * 0x22u + 0x10101010u;
+          a[i >> 1][i & 1] = __byte_perm(low[i], high[i], select);
+          a[i >> 1][2 + (i & 1)] = __byte_perm(low[i], high[i], select >> 16);
+        }
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+          if (n >= octets) break;
+          const uint4 v = b[n][s >> 1];
+#pragma unroll
+          for (int m = 0; m < 2; m++) mma(sum[m][n], a[m], s & 1 ? v.z : v.x, s & 1 ? v.w : v.y);
         }
       }
     }
     __syncthreads();  // all digits are read
 #pragma unroll
-    for (int n = 0; n < 8; n++) {
-      if (8 * n >= n_tokens) break;
+    for (int n = 0; n < 4; n++) {
+      if (n >= octets) break;
+      const int token = 8 * (4 * half + n) + 2 * t;
 #pragma unroll
       for (int m = 0; m < 2; m++)
 #pragma unroll
         for (int k = 0; k < 4; k++)
-          partial[(slice * TOKENS + 8 * n + 2 * t + (k & 1)) * TILE + band * 32 + m * 16 + g + 8 * (k >> 1)] = sum[m][n][k];
+          partial[(slice * TOKENS + token + (k & 1)) * TILE + band * 32 + m * 16 + g + 8 * (k >> 1)] = sum[m][n][k];
     }
     __syncthreads();
     for (int i = threadIdx.x; i < n_tokens * TILE; i += THREADS) {
       int n = i / TILE, row = first + i % TILE, token = tokens[n];
       if (token < 0 || row >= rows) continue;
       float v = 0.f;
-#pragma unroll
-      for (int s = 0; s < SLICES; s++) v += partial[(s * TOKENS + n) * TILE + i % TILE];
+      for (int s = 0; s < slices; s++) v += partial[(s * TOKENS + n) * TILE + i % TILE];
       y[token * y_stride + row] = Epilogue{scale, relu}(v, token);
     }
   }
