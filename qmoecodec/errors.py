@@ -15,6 +15,7 @@ REASONS: Final[dict[str, str]] = {
     "duplicate_key": "an object holds a key twice",
     "json_depth": "values are nested too deep",
     "json_number": "a number is not an integer in 0..2^63-1",
+    "json_size": "a JSON text holds too many values",
     "header_schema": "a JSON value has the wrong type or a wrong set of keys",
     # §2.3 tensors
     "tensor_count": "there are too many tensors",

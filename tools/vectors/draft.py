@@ -173,8 +173,8 @@ def add_group(draft: Draft, group: Group, bank: Sequence[Codebook]) -> None:
         "checksums": Tensor("U32", [experts], bytes(4 * experts)),
     }
     draft.tensors |= {f"{group.name}_{role}": tensor for role, tensor in part.items()}
-    entry: dict[str, Any] = {"name": group.name, "layout": group.layout, "source": group.source, "shape": [*group.shape], "dtype": group.dtype}
-    entry |= {"code_bits": group.bits, "row_length_base": base}
+    entry: dict[str, Any] = {"name": group.name, "layout": group.layout, "source": group.source, "shape": [*group.shape]}
+    entry |= {"dtype": group.dtype, "code_bits": group.bits, "row_length_base": base}
     if group.layout == "stacked":
         entry["expert_ranges"] = group.ranges
     draft.metadata["groups"].append(entry)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "spec"))
 
-import reference_decoder
+import reference_decoder  # type: ignore[import-not-found, unused-ignore]
 
 
 def main() -> int:
     if sys.argv[1:] != ["serve"]:
-        return reference_decoder.main(sys.argv[1:])
+        return int(reference_decoder.main(sys.argv[1:]))
     print(json.dumps({"protocol": 1, "name": "reference_decoder.py"}), flush=True)
     for line in sys.stdin:
         command, source, out, *mode = line.rstrip("\n").split("\t")
