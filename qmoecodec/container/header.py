@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from qmoecodec.container.json_text import MAX_NUMBER, Reader, compact, decode_utf8
+from qmoecodec.container.json_text import MAX_NUMBER, MAX_VALUES, Reader, compact, decode_utf8
 from qmoecodec.errors import FormatError
 
 MIN_HEADER: Final = 2
@@ -69,7 +69,7 @@ def read_header(fd: int, *, strict: bool = True) -> Header:
     """Read the header of an open file (spec §2).
 
     strict : False for files of other writers: the length of the header need not be a multiple of 8, tensors need not be
-        aligned or few, and any white space may follow the object
+        aligned, they and the values of the header need not be few, and any white space may follow the object
     Raises FormatError: the reasons of spec §2.
     """
     n_file = os.fstat(fd).st_size
@@ -96,33 +96,31 @@ def read_header_bytes(fd: int, n_file: int, *, strict: bool = True) -> bytes:
 def parse_header(data: bytes, n_file: int, *, strict: bool = True) -> Header:
     """Parse the first 8 + n bytes of a file of `n_file` bytes (spec §2.1 to §2.3).
 
-    Raises FormatError: header_encoding, header_json, duplicate_key, json_depth, json_number, header_schema, tensor_count,
-    shape_rank, unknown_dtype, shape_overflow, offset_order, tensor_size, truncated, misaligned, tensor_overlap,
-    tensor_hole, trailing_data.
+    Raises FormatError: header_encoding, header_json, duplicate_key, json_depth, json_number, json_size, header_schema,
+    tensor_count, shape_rank, unknown_dtype, shape_overflow, offset_order, tensor_size, truncated, misaligned,
+    tensor_overlap, tensor_hole, trailing_data.
     """
     text = decode_utf8(data[8:], base=8)
     if not text.startswith("{"):
         raise FormatError("header_json", "the header does not begin with '{'", byte=8)
-    reader = Reader(text, base=8)
-    raw: dict[str, Any] = {}
-    n_metadata = 0
-    for key in reader.keys(1):
-        raw[key] = _read_entry(reader)
-        n_metadata += key == "__metadata__"
-        if strict and len(raw) - n_metadata > MAX_TENSORS:
-            raise FormatError("tensor_count", f"more than {MAX_TENSORS} tensors")
+    reader = Reader(text, base=8, max_values=MAX_VALUES if strict else MAX_HEADER)
+    reader.count(1)
+    raw: dict[str, Any] = {key: _read_entry(reader) for key in reader.keys(1)}
     end = reader.at
     if strict and (text[end:].strip(" ") or len(text) - end > MAX_PADDING):
         raise reader.fail("header_json", f"other than 0 to {MAX_PADDING} spaces after the object")
     if not strict and reader.peek():
         raise reader.fail("header_json", "something follows the object")
 
-    metadata = raw.pop("__metadata__") if n_metadata else None
-    if n_metadata and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
-        raise FormatError("header_schema", "__metadata__ is not an object of strings")
+    has_metadata = "__metadata__" in raw
+    metadata = raw.pop("__metadata__", None)
+    if strict and len(raw) > MAX_TENSORS:
+        raise FormatError("tensor_count", f"{len(raw)} tensors, more than {MAX_TENSORS}")
     n_data = n_file - len(data)
     tensors = {name: _check_entry(name, value, n_data, strict=strict) for name, value in raw.items()}
     _check_layout(tensors, n_data)
+    if has_metadata and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        raise FormatError("header_schema", "__metadata__ is not an object of strings")
     return Header(tensors, metadata, len(data))
 
 
@@ -134,6 +132,7 @@ def _read_entry(reader: Reader) -> Any:
         return reader.value(2)
     reader.at = match.end()
     shape = tuple(int(n) for n in match[2].split(",")) if match[2] else ()
+    reader.count(6 + len(shape))
     return TensorInfo(match[1], shape, int(match[3]), int(match[4]))
 
 

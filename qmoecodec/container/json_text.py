@@ -12,10 +12,16 @@ from qmoecodec.errors import FormatError
 
 MAX_DEPTH: Final = 16
 MAX_NUMBER: Final = 2**63 - 1
+MAX_VALUES: Final = 1 << 20
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_HALF = r"\\u[dD][89abAB][0-9a-fA-F]{2}"
+_GOOD = re.compile(
+    r'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}|' + _HALF + r"\\u[dD][c-fC-F][0-9a-fA-F]{2})*+"
+)
+_LONE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 _LITERALS: Final = (("true", True), ("false", False), ("null", None))
 
 
@@ -24,14 +30,19 @@ class Reader:
 
     text : valid Unicode (decoded from UTF-8, so without surrogates)
     base : byte at which the text begins, for the places in errors
+    max_values : how many values the text may hold
     any_number_below : key of the outermost object below which numbers may be any JSON number (spec §8)
     """
 
-    __slots__ = ("any_number", "any_number_below", "at", "base", "text")
+    __slots__ = ("any_number", "any_number_below", "at", "base", "max_values", "n_values", "text")
 
-    def __init__(self, text: str, *, base: int = 0, any_number_below: str | None = None) -> None:
+    def __init__(
+        self, text: str, *, base: int = 0, any_number_below: str | None = None, max_values: int = MAX_VALUES
+    ) -> None:
         self.text = text
         self.base = base
+        self.max_values = max_values
+        self.n_values = 0
         self.at = 0
         self.any_number = False
         self.any_number_below = any_number_below
@@ -53,6 +64,12 @@ class Reader:
             raise self.fail("header_json", f"expected {character!r}")
         self.at += 1
 
+    def count(self, n: int) -> None:
+        """Count `n` values that begin here."""
+        self.n_values += n
+        if self.n_values > self.max_values:
+            raise self.fail("json_size", f"more than {self.max_values} values")
+
     def string(self) -> str:
         """Read a string; the reader stands before its opening quote or white space."""
         self.expect('"')
@@ -60,10 +77,18 @@ class Reader:
         try:
             value, self.at = scanstring(self.text, start, True)
         except json.JSONDecodeError as error:
+            self._check_surrogates(start)
             raise self.fail("header_json", error.msg, error.pos) from None
         if _SURROGATE.search(value):
+            self._check_surrogates(start)
             raise self.fail("header_encoding", "a surrogate stands alone", start)
         return str(value)
+
+    def _check_surrogates(self, start: int) -> None:
+        """Raise the error for a surrogate that stands alone, if that is the first fault of the string at `start`."""
+        good = _GOOD.match(self.text, start)
+        if good is not None and _LONE.match(self.text, good.end()):
+            raise self.fail("header_encoding", "a surrogate stands alone", good.end())
 
     def number(self) -> int | float:
         """Read a number; only integers in 0..2^63-1 unless any may stand here."""
@@ -84,6 +109,7 @@ class Reader:
     def value(self, depth: int) -> Any:
         """Read any value; an array or object that begins here is `depth` deep."""
         character = self.peek()
+        self.count(1)
         if character == '"':
             return self.string()
         if character == "{":
@@ -117,10 +143,14 @@ class Reader:
             self.expect(",")
 
     def keys(self, depth: int) -> Iterator[str]:
-        """Step through an object: yield each key with the reader before its value, which the caller reads."""
+        """Step through an object: yield each key with the reader before its value, which the caller reads.
+
+        A key that stands twice is an error at the end of the object (spec §2.2).
+        """
         self.peek()
         self.open_nested(depth)
         seen: set[str] = set()
+        twice: FormatError | None = None
         if self.peek() == "}":
             self.at += 1
             return
@@ -128,13 +158,15 @@ class Reader:
             self.peek()
             start = self.at
             key = self.string()
-            if key in seen:
-                raise self.fail("duplicate_key", f"key {key[:80]!r} stands twice", start)
+            if key in seen and twice is None:
+                twice = self.fail("duplicate_key", f"key {key[:80]!r} stands twice", start)
             seen.add(key)
             self.expect(":")
             yield key
             if self.peek() == "}":
                 self.at += 1
+                if twice is not None:
+                    raise twice
                 return
             self.expect(",")
 
@@ -166,7 +198,7 @@ def decode_utf8(data: bytes, *, base: int = 0) -> str:
 def parse_object(text: str, *, any_number_below: str | None = None) -> dict[str, Any]:
     """Parse a text that is one JSON object and white space (spec §2.2).
 
-    Raises FormatError: header_json, duplicate_key, json_depth, json_number, header_encoding.
+    Raises FormatError: header_json, duplicate_key, json_depth, json_number, json_size, header_encoding.
 
     >>> parse_object('{"a": [1, true]}')
     {'a': [1, True]}
@@ -175,8 +207,11 @@ def parse_object(text: str, *, any_number_below: str | None = None) -> dict[str,
     qmoecodec.errors.FormatError: [duplicate_key] key 'a' stands twice (byte 9)
     """
     reader = Reader(text, any_number_below=any_number_below)
+    if text.startswith("\ufeff"):
+        raise reader.fail("header_encoding", "a byte-order mark")
     if reader.peek() != "{":
         raise reader.fail("header_json", "the text is not an object")
+    reader.count(1)
     result = reader.object(1)
     if reader.peek():
         raise reader.fail("header_json", "something follows the object")

@@ -193,26 +193,24 @@ def from_text(text: str) -> Metadata:
     unsupported_feature, dictionary_threshold, shape_overflow, reserved_name.
     """
     value = parse_object(text)
-    if canonical(value) != text:
-        raise FormatError("metadata_canonical")
     version = value.get("format_version")
     if not isinstance(version, str) or _VERSION.fullmatch(version) is None:
         raise _bad("format_version is not MAJOR.MINOR")
     if version.split(".")[0] != MAJOR:
         raise FormatError("unsupported_version", f"format version {version}; this reader knows {MAJOR}.x")
-    required = value.get("required_features")
-    if isinstance(required, list) and required:
-        _features(required, "required_features")
+    required = _features(value.get("required_features"), "required_features")
+    if required:
         raise FormatError("unsupported_feature", f"required feature {required[0][:80]!r}")
+    if canonical(value) != text:
+        raise FormatError("metadata_canonical")
     top = _take(value, _TOP, "the metadata")
     optional = _features(top["optional_features"], "optional_features")
     if len(top["dictionaries"]) > MAX_DICTIONARIES:
         raise _bad(f"{len(top['dictionaries'])} dictionaries, more than {MAX_DICTIONARIES}")
     dictionaries = tuple(_dictionary(d, i) for i, d in enumerate(top["dictionaries"]))
-    groups = tuple(_group(g) for g in top["groups"])
-    for before, after in itertools.pairwise(groups):
-        if before.name >= after.name:
-            raise _bad("groups are not sorted by name, without duplicates", group=after.name)
+    groups: list[GroupInfo] = []
+    for g in top["groups"]:
+        groups.append(_group(g, groups[-1].name if groups else ""))
     passthrough: dict[str, int] = {}
     for name, crc in top["passthrough"].items():
         if not isinstance(crc, str) or _CRC32.fullmatch(crc) is None:
@@ -220,11 +218,11 @@ def from_text(text: str) -> Metadata:
         if name.startswith(RESERVED_PREFIX):
             raise FormatError("reserved_name", tensor=name)
         passthrough[name] = int(crc, 16)
-    return Metadata(dictionaries, groups, passthrough, version, (), optional)
+    return Metadata(dictionaries, tuple(groups), passthrough, version, (), optional)
 
 
-def _features(value: list[Any], key: str) -> tuple[str, ...]:
-    if not all(isinstance(f, str) for f in value):
+def _features(value: Any, key: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(f, str) for f in value):
         raise _bad(f"{key} is not an array of strings")
     if any(a >= b for a, b in itertools.pairwise(value)):
         raise _bad(f"{key} is not sorted, without duplicates")
@@ -240,10 +238,14 @@ def _dictionary(value: Any, index: int) -> DictionaryEntry:
     if d["threshold"] > 1 << d["code_bits"]:
         message = f"threshold {d['threshold']} is not in 0..2^{d['code_bits']}"
         raise FormatError("dictionary_threshold", message, dictionary=index)
+    if d["kind"] == "table" and d["threshold"] != 1 << d["code_bits"]:
+        message = f"a table has threshold {1 << d['code_bits']}, not {d['threshold']}"
+        raise FormatError("dictionary_threshold", message, dictionary=index)
     return DictionaryEntry(cast(DictionaryKind, d["kind"]), d["code_bits"], d["threshold"], int(d["crc32"], 16))
 
 
-def _group(value: Any) -> GroupInfo:
+def _group(value: Any, before: str) -> GroupInfo:
+    """Check a group; `before` is the name of the one before it, "" for the first."""
     name = value.get("name") if isinstance(value, dict) else None
     place: dict[str, object] = {"group": name} if isinstance(name, str) else {}
     stacked = isinstance(value, dict) and value.get("layout") == "stacked"
@@ -256,14 +258,18 @@ def _group(value: Any) -> GroupInfo:
                    **place)  # fmt: skip
     if g["row_length_base"] >= 1 << 32:
         raise _bad("row_length_base is not below 2^32", **place)
+    if len(g["source"].encode()) > MAX_NAME:
+        raise _bad(f"the source has more than {MAX_NAME} bytes", **place)
     if stacked and g["source"].count("{}") != 1:
         raise _bad("the template does not have exactly one {}", **place)
     shape = g["shape"]
     if len(shape) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) for n in shape):
         raise _bad("shape is not three integers", **place)
-    ranges = _ranges(g["expert_ranges"], shape[0], place) if stacked else ()
+    if before >= g["name"]:
+        raise _bad("groups are not sorted by name, without duplicates", **place)
     if g["layout"] == "matrix" and shape[0] != 1:
         raise _bad(f"{shape[0]} experts in a matrix", **place)
+    ranges = _ranges(g["expert_ranges"], shape[0], place) if stacked else ()
     if max(shape) > MAX_DIM or shape[0] * shape[1] * shape[2] > MAX_WEIGHTS:
         raise FormatError("shape_overflow", f"shape {shape}").at(**place)
     if g["name"].startswith(RESERVED_PREFIX) or g["source"].startswith(RESERVED_PREFIX):

@@ -66,7 +66,7 @@ def _check_tensor(tensors: Mapping[str, TensorInfo], name: str, dtypes: tuple[st
 def check_structure(header: Header, metadata: Metadata) -> None:
     """Check that tensors and metadata agree (spec §3.6, §4.1, §6.1, §6.2), from the header alone.
 
-    Raises FormatError: missing_tensor, orphan_tensor, role_dtype, role_shape, source_conflict.
+    Raises FormatError: orphan_tensor, missing_tensor, role_dtype, role_shape, source_conflict.
     """
     tensors = header.tensors
     roles: dict[str, str] = {HEADER_CRC32: "the header checksum"}
@@ -75,16 +75,14 @@ def check_structure(header: Header, metadata: Metadata) -> None:
     for group in metadata.groups:
         for role in ROLES:
             roles[role_name(group.name, role)] = f"{role} of group {group.name}"
-    for name in metadata.passthrough:
-        if name in roles:
-            raise FormatError("orphan_tensor", f"it is passthrough and also {roles[name]}", tensor=name)
-        roles[name] = "passthrough"
-    for name in roles:
-        if name not in tensors:
-            raise FormatError("missing_tensor", f"it would be {roles[name]}", tensor=name)
     for name in tensors:
-        if name not in roles:
+        if name in roles and name in metadata.passthrough:
+            raise FormatError("orphan_tensor", f"it is passthrough and also {roles[name]}", tensor=name)
+        if name not in roles and name not in metadata.passthrough:
             raise FormatError("orphan_tensor", tensor=name)
+    for name in (*roles, *metadata.passthrough):
+        if name not in tensors:
+            raise FormatError("missing_tensor", f"it would be {roles.get(name, 'passthrough')}", tensor=name)
 
     for index in range(len(metadata.dictionaries)):
         _check_tensor(tensors, dictionary_name(index), ("U8",), None)
@@ -131,9 +129,7 @@ class PackedFile:
             self.n_file = os.fstat(self.fd).st_size
             data = read_header_bytes(self.fd, self.n_file)
             self.header = parse_header(data, self.n_file)
-            if self.header.metadata is None:
-                raise FormatError("header_schema", "there is no __metadata__: this is not a packed file")
-            if METADATA_KEY not in self.header.metadata:
+            if self.header.metadata is None or METADATA_KEY not in self.header.metadata:
                 raise FormatError("not_packed")
             if mapped:
                 self._map = mmap.mmap(self.fd, self.n_file, access=mmap.ACCESS_READ)

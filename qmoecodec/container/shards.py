@@ -25,7 +25,7 @@ OUTPUT_NAME: Final = re.compile(r"model(-[0-9]{5,}-of-[0-9]{5,})?\.safetensors|m
 class Shards:
     """The weight files of a checkpoint.
 
-    files : in order of name
+    files : in the order in which the index names them
     weight_map : tensor -> file name, None without an index
     metadata : of the index
     """
@@ -35,11 +35,13 @@ class Shards:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-def find_shards(path: pathlib.Path) -> Shards:
+def find_shards(path: pathlib.Path, *, packed: bool = True) -> Shards:
     """List the weight files of a file or a checkpoint directory (spec §8).
 
-    Raises FileNotFoundError where there is nothing; ValueError where a directory is ambiguous; FormatError: shard_index,
-    shard_path, shard_missing, and the reasons of spec §2.2.
+    packed : False for a directory that is to be packed, which must not be ambiguous; its files are in order of name
+    Raises FileNotFoundError where there is nothing; FormatError: shard_index, shard_path, shard_missing, and the reasons
+    of spec §2.2; for a source, ValueError where the directory holds an index and a single file, and FileNotFoundError
+    where it holds neither.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
@@ -49,10 +51,11 @@ def find_shards(path: pathlib.Path) -> Shards:
         return Shards((path,))
     single, index = path / SINGLE_NAME, path / INDEX_NAME
     if index.exists():
-        if os.path.lexists(single):
+        if not packed and os.path.lexists(single):
             raise ValueError(f"{path} holds both {SINGLE_NAME} and {INDEX_NAME}: which of them counts?")
-        return _read_index(path, index)
-    if not os.path.lexists(single):
+        shards = _read_index(path, index)
+        return shards if packed else Shards(tuple(sorted(shards.files)), shards.weight_map, shards.metadata)
+    if not packed and not os.path.lexists(single):
         raise FileNotFoundError(f"{path} holds neither {SINGLE_NAME} nor {INDEX_NAME}")
     return Shards((check_member(path, SINGLE_NAME),))
 
@@ -70,7 +73,7 @@ def _read_index(directory: pathlib.Path, index: pathlib.Path) -> Shards:
         raise FormatError("shard_index", "weight_map is not an object of strings", file=INDEX_NAME)
     if not isinstance(metadata, dict):
         raise FormatError("shard_index", "metadata is not an object", file=INDEX_NAME)
-    files = tuple(check_member(directory, name) for name in sorted(set(weight_map.values())))
+    files = tuple(check_member(directory, name) for name in dict.fromkeys(weight_map.values()))
     return Shards(files, weight_map, metadata)
 
 

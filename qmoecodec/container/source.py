@@ -43,7 +43,7 @@ class Source:
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
-        self.shards = find_shards(path)
+        self.shards = find_shards(path, packed=False)
         self.tensors: dict[str, SourceTensor] = {}
         self.metadata: dict[str, str] | None = None
         self.notes: list[str] = []

@@ -19,7 +19,9 @@ from qmoecodec.container.reader import File, decode_expert
 from qmoecodec.container.shards import finish_shards
 from qmoecodec.container.source import check_apart, copy_other_files
 from qmoecodec.container.ternary import fill_rows
+from qmoecodec.container.verify import find_errors
 from qmoecodec.container.writer import Piece, write_plain
+from qmoecodec.errors import FormatError
 
 # Dense bytes made in one step.
 _BLOCK_BYTES: Final = 8 << 20
@@ -55,7 +57,7 @@ def unpack(
         when all is done, or not at all. An existing directory is replaced only if it holds a checkpoint.
     max_shard_size : bytes of one file of a directory
     progress : called with stage, bytes done, bytes in all
-    Raises FormatError where the source breaks the specification; OSError.
+    Raises FormatError where the source breaks the specification, the first reason in the order of spec §9; OSError.
     """
     source_path, target = pathlib.Path(src), pathlib.Path(dst)
     check_apart(source_path, target)
@@ -65,7 +67,10 @@ def unpack(
         pieces = sorted(_pieces(source), key=lambda piece: piece.name)
         meter = Meter(progress, sum(piece.n_bytes for piece in pieces))
         meter.stage = "decode"
-        with contextlib.ExitStack() as stack:
+        with _first_error(source), contextlib.ExitStack() as stack:
+            for file in source.files:
+                for index in range(len(file.metadata.dictionaries)):
+                    file.dictionary(index)  # also those that no expert needs
             if to_directory:
                 folder = stack.enter_context(atomic_directory(target, overwrite=overwrite))
                 parts = _split(pieces, max_shard_size)
@@ -83,6 +88,15 @@ def unpack(
                 n_bytes = write_plain(path, pieces, metadata, advance=meter.advance)
                 files = [target.name]
         return UnpackReport(tuple(files), source.n_file_bytes, n_bytes, len(pieces), tuple(notes))
+
+
+@contextlib.contextmanager
+def _first_error(source: File) -> Iterator[None]:
+    """Where something is wrong, raise what is first in the order of spec §9: tensors are written in another one."""
+    try:
+        yield
+    except FormatError as error:
+        raise next(find_errors(source), error) from None
 
 
 def _split(pieces: list[Piece], max_bytes: int) -> list[list[Piece]]:

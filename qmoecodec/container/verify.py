@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,6 +20,8 @@ from qmoecodec.types import Int8Array
 
 # Rows of one damaged expert that are named.
 _MAX_ROWS: Final = 16
+# Digits decoded in one step.
+BLOCK_BYTES: Final = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,90 +60,112 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> VerifyReport:
     """Check a packed file or directory as a whole: structure, checksums, every row (spec §2 to §8).
 
     deep : also encode every row again and compare (spec §5.1), and check the writer's choices (spec §6.2)
-    Damage is in the report, not raised. Raises OSError where the file cannot be read; ValueError for an ambiguous
-    directory.
+    Damage is in the report, not raised, in the order of spec §9. Raises OSError where the file cannot be read.
     """
     problems: list[Problem] = []
-
-    def note(error: FormatError, file: PackedFile | None = None) -> None:
-        if file is not None and several:
-            error = error.at(file=file.path.name)
-        problems.append(Problem(error.reason, str(error), dict(error.where)))
-
-    several = False
-    n_groups = n_experts = n_tensors = 0
     try:
         opened = File(pathlib.Path(path), mapped=False)
     except FormatError as error:
-        note(error)
+        problems.append(Problem(error.reason, str(error), dict(error.where)))
         return VerifyReport(str(path), deep, tuple(problems))
     with opened as source:
-        several = len(source.files) > 1
-        for file in source.files:
-            broken: set[object] = set()  # dictionaries that are reported already, not again by each of their experts
-            for index in range(len(file.metadata.dictionaries)):
-                try:
-                    file.dictionary(index)
-                except FormatError as error:
-                    broken.add(dictionary_name(index))
-                    note(error, file)
-            for info in file.metadata.groups:
-                n_groups += 1
-                try:
-                    group = file.group(info.name)
-                except FormatError as error:
-                    note(error, file)
-                    continue
-                for expert in range(info.shape[0]):
-                    n_experts += 1
-                    for found in _check_expert(group, expert, deep=deep):
-                        if found.where.get("tensor") not in broken:
-                            note(found, file)
-                if deep:
-                    for found in _check_row_lengths(group):
-                        note(found, file)
-            for name in sorted(file.metadata.passthrough):
-                n_tensors += 1
-                try:
-                    file.check_passthrough(name)
-                except FormatError as error:
-                    note(error, file)
-    return VerifyReport(str(path), deep, tuple(problems), n_groups, n_experts, n_tensors)
+        for error in find_errors(source, deep=deep):
+            problems.append(Problem(error.reason, str(error), dict(error.where)))
+        groups = [group.shape[0] for file in source.files for group in file.metadata.groups]
+        n_tensors = sum(len(file.metadata.passthrough) for file in source.files)
+    return VerifyReport(str(path), deep, tuple(problems), len(groups), sum(groups), n_tensors)
 
 
-def _check_expert(group: GroupData, expert: int, *, deep: bool) -> list[FormatError]:
+def find_errors(source: File, *, deep: bool = False) -> Iterator[FormatError]:
+    """Yield what is wrong with the contents of an open checkpoint, in the order of spec §9; `deep` as in `verify`."""
+    not_canonical: list[FormatError] = []
+    for file in source.files:
+        at: dict[str, object] = {"file": file.path.name} if len(source.files) > 1 else {}
+        for error in _file_errors(file, not_canonical if deep else None):
+            yield error.at(**at)
+        not_canonical = [error.at(**at) if "file" not in error.where else error for error in not_canonical]
+    yield from not_canonical
+
+
+def _file_errors(file: PackedFile, not_canonical: list[FormatError] | None) -> Iterator[FormatError]:
+    """Yield what is wrong with the contents of a file; what is not canonical is added to the list, if there is one."""
+    broken: set[object] = set()  # dictionaries that are reported already, not again by each of their experts
+    for index in range(len(file.metadata.dictionaries)):
+        try:
+            file.dictionary(index)
+        except FormatError as error:
+            broken.add(dictionary_name(index))
+            yield error
+    for info in file.metadata.groups:
+        try:
+            group = file.group(info.name)
+        except FormatError as error:
+            yield error
+            continue
+        for expert in range(info.shape[0]):
+            for error in _check_expert(group, expert, not_canonical):
+                if error.where.get("tensor") not in broken:
+                    yield error
+        if not_canonical is not None:
+            not_canonical += _check_row_lengths(group)
+    for name in sorted(file.metadata.passthrough):
+        try:
+            file.check_passthrough(name)
+        except FormatError as error:
+            yield error
+
+
+def _check_expert(group: GroupData, expert: int, not_canonical: list[FormatError] | None) -> list[FormatError]:
+    """Return what is wrong with an expert: first its rows, then the levels that are 0."""
     try:
         parts = group.expert(expert)
     except FormatError as error:
         return [error]
-    rows = group.info.shape[1]
-    try:
-        digits = decode_expert(group, expert, parts, 0, rows)
-    except FormatError:
-        errors: list[FormatError] = []
-        for row in range(rows):
-            try:
-                decode_expert(group, expert, parts, row, row + 1)
-            except FormatError as error:
-                errors.append(error)
-                if len(errors) == _MAX_ROWS:
-                    break
-        return errors
-    return _check_canonical(group, expert, parts, digits) if deep else []
+    _, rows, cols = group.info.shape
+    n = max(1, BLOCK_BYTES // max(1, cols))
+    blocks = [(begin, min(rows, begin + n)) for begin in range(0, rows, n)]
+    errors: list[FormatError] = []
+    zeros: list[FormatError] = []
+    other: list[FormatError] = []
+    for begin, end in blocks:
+        try:
+            digits = decode_expert(group, expert, parts, begin, end)
+        except FormatError:
+            for row in range(begin, end):
+                try:
+                    decode_expert(group, expert, parts, row, row + 1)
+                except FormatError as error:
+                    found = zeros if error.reason == "level_zero" else errors
+                    if len(found) < _MAX_ROWS:
+                        found.append(error)
+        else:
+            if not_canonical is not None and len(other) < _MAX_ROWS:
+                other += _check_canonical(group, expert, parts, digits, begin)
+        if len(errors) == _MAX_ROWS:
+            break
+    if errors or zeros:
+        return (errors + zeros)[:_MAX_ROWS]
+    if not_canonical is not None:
+        not_canonical += other[:_MAX_ROWS]
+    return []
 
 
-def _check_canonical(group: GroupData, expert: int, parts: ExpertData, digits: Int8Array) -> list[FormatError]:
-    """Encode the expert again; name the rows that differ."""
+def _check_canonical(
+    group: GroupData, expert: int, parts: ExpertData, digits: Int8Array, begin: int
+) -> list[FormatError]:
+    """Encode rows from `begin` on again; name those that differ."""
     place: dict[str, object] = {"group": group.info.name, "expert": expert}
     try:
         codes, row_lengths = codec.encode_rows(digits, dictionary=parts.dictionary)
     except EncodeError as error:
         return [FormatError("not_canonical", f"the dictionary has no encoding: {error}").at(**place)]
-    if np.array_equal(codes, parts.codes) and np.array_equal(row_lengths, parts.row_lengths):
+    end = begin + len(digits)
+    own_codes = parts.codes[int(parts.row_starts[begin]) : int(parts.row_starts[end])]
+    if np.array_equal(codes, own_codes) and np.array_equal(row_lengths, parts.row_lengths[begin:end]):
         return []
     errors = []
-    for row in range(len(digits)):
-        own, lengths = codec.encode_rows(digits[row : row + 1], dictionary=parts.dictionary)
+    for row in range(begin, end):
+        own, lengths = codec.encode_rows(digits[row - begin : row - begin + 1], dictionary=parts.dictionary)
         stored = parts.codes[int(parts.row_starts[row]) : int(parts.row_starts[row + 1])]
         if int(lengths[0]) != int(parts.row_lengths[row]) or not np.array_equal(own, stored):
             errors.append(FormatError("not_canonical", row=row).at(**place))

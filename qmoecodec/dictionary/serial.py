@@ -100,11 +100,11 @@ def _parse_table(data: bytes, code_bits: int, threshold: int) -> Dictionary:
     if len(packed) != (n_digits + 3) // 4:
         raise FormatError("dictionary_size", f"{len(packed)} bytes for {n_digits} digits")
     digits = (packed[:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3).reshape(-1).astype(np.uint8)
-    if digits[n_digits:].any():
-        raise FormatError("dictionary_padding", byte=len(data) - 1)
-    bad = np.flatnonzero(digits == 3)
+    bad = np.flatnonzero(digits[:n_digits] == 3)
     if len(bad):
         raise FormatError("dictionary_symbol", "digit 3", byte=n_codewords + int(bad[0]) // 4)
+    if digits[n_digits:].any():
+        raise FormatError("dictionary_padding", byte=len(data) - 1)
     raw = digits[:n_digits].tobytes()
     phrases, at = [], 0
     for length in lengths:

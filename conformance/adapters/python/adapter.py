@@ -34,15 +34,17 @@ def restore(path: Path, out: Path) -> int:
 
 
 def decode(path: Path, out: Path, *, deep: bool) -> dict[str, Any]:
-    """Answer a request: what `unpack` says, or else what `verify` finds in what `unpack` does not read."""
+    """Answer a request: what `unpack` says, which is what `verify` finds, or what that finds beyond the values."""
     report = q.verify(path, deep=deep)
     found = report.problems[0].reason if report.problems else None
     try:
         n_tensors = restore(path, out)
     except q.FormatError as error:
-        if found is None:
-            raise AssertionError(f"unpack says {error.reason}, verify finds nothing") from error
+        if found != error.reason:
+            raise AssertionError(f"unpack says {error.reason}, verify {found}") from error
         return {"error": error.reason}
+    if found not in (None, "not_canonical"):
+        raise AssertionError(f"unpack accepts, verify says {found}")
     return {"accepted": n_tensors} if found is None else {"error": found}
 
 
