@@ -381,7 +381,7 @@ def run_matrix(names: list[str], vectors: list[Vector], root: Path, seconds: flo
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the conformance vectors (see PROTOCOL.md).")
     parser.add_argument(
-        "--adapter", action="append", metavar="CMD", help="python (default), c, reference or a command; repeatable"
+        "--adapter", action="append", metavar="CMD", help="python, reference (default: both), c or a command; repeatable"
     )
     parser.add_argument("--manifest", type=Path, default=HERE / "manifest.json")
     parser.add_argument("--only", metavar="TEXT", default="", help="only vectors whose id contains this")
@@ -395,7 +395,7 @@ def main() -> int:
     if not vectors:
         print("no vectors", file=sys.stderr)
         return 2
-    names = options.adapter or ["python"]
+    names = options.adapter or ["python", "reference"]
     good = True
     for name in names:
         program = Program(name, options.timeout)

@@ -53,7 +53,7 @@ class Parser:
     """A text and a place in it; `free` is the key of the one member in which any number may stand (§8)."""
 
     def __init__(self, text: str, free: str | None = None) -> None:
-        self.text, self.at, self.free = text, 0, free
+        self.text, self.at, self.free, self.values = text, 0, free, 0
 
     def skip(self, pattern: re.Pattern[str] = SPACE) -> str:
         """Step over what the pattern matches here."""
@@ -81,23 +81,25 @@ class Parser:
 
     def value(self, depth: int = 0, any_number: bool = False) -> Any:
         self.skip()
+        self.values += 1
+        need(self.values <= 2**20, "json_size")  # REQ-JSN-007
         first = self.text[self.at : self.at + 1]
         if first == '"':
             return self.string()
         if first in ("{", "["):
             need(depth < 16, "json_depth")  # REQ-JSN-003
             self.at += 1
-            members: list[tuple[str, Any]] = []
+            keys: list[str] = []
+            values: list[Any] = []
             while not self.take("}" if first == "{" else "]"):
-                need(not members or self.take(","), "header_json")
-                key = ""
+                need(not values or self.take(","), "header_json")
                 if first == "{":
                     self.skip()
-                    key = self.string()
+                    keys.append(self.string())
                     need(self.take(":"), "header_json")
-                members.append((key, self.value(depth + 1, any_number or (depth == 0 and key == self.free))))
-            need(first == "[" or len(dict(members)) == len(members), "duplicate_key")  # REQ-JSN-002
-            return dict(members) if first == "{" else [value for _, value in members]
+                values.append(self.value(depth + 1, any_number or (depth == 0 and keys[-1:] == [self.free])))
+            need(len(set(keys)) == len(keys), "duplicate_key")  # REQ-JSN-002
+            return dict(zip(keys, values, strict=True)) if first == "{" else values
         number = self.skip(NUMBER)
         word = number or self.skip(WORD)
         need(word, "header_json")
@@ -109,6 +111,7 @@ class Parser:
 def parse(text: str, free: str | None = None) -> dict[str, Any]:
     """Return the object that a whole text holds."""
     parser = Parser(text, free)
+    need(not text.startswith("\ufeff"), "header_encoding")
     parser.skip()
     need(text.startswith("{", parser.at), "header_json")
     value: dict[str, Any] = parser.value()
@@ -177,13 +180,17 @@ def is_crc(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{8}", value) is not None
 
 
-def check_group(group: dict[str, Any]) -> None:
+def check_group(group: dict[str, Any], before: bytes) -> bytes:
+    """Check one entry of `groups`, which follows the group of the name `before`, and return its own name (§6.1)."""
     stacked = isinstance(group, dict) and group.get("layout") == "stacked"
     check_keys(group, GROUP | ({"expert_ranges": list} if stacked else {}))
     need(0 < len(group["name"].encode()) <= 4096 and group["layout"] in ("stacked", "fused", "matrix"), "metadata_schema")
     need(group["dtype"] in EXPONENTS and group["code_bits"] in (8, 12, 16), "metadata_schema")
     need(group["row_length_base"] < 2**32 and ints(group["shape"], 3), "metadata_schema")
+    need(len(group["source"].encode()) <= 4096, "metadata_schema")
     need(not stacked or group["source"].count("{}") == 1, "metadata_schema")
+    name: bytes = group["name"].encode()
+    need(before < name, "metadata_schema")  # REQ-GRP-002
     need(group["layout"] != "matrix" or group["shape"][0] == 1, "metadata_schema")  # REQ-GRP-003
     if stacked:  # REQ-GRP-004
         ranges = group["expert_ranges"]
@@ -192,13 +199,12 @@ def check_group(group: dict[str, Any]) -> None:
         need(sum(b - a for a, b in ranges) == group["shape"][0], "metadata_schema")
     need(max(group["shape"]) < 2**31 and math.prod(group["shape"]) < 2**62, "shape_overflow")  # REQ-GRP-006
     need(not group["name"].startswith(RESERVED) and not group["source"].startswith(RESERVED), "reserved_name")
+    return name
 
 
 def check_metadata(text: str) -> dict[str, Any]:
     """§3.2 to §3.5."""
     metadata = parse(text)
-    canonical = json.dumps(metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    need(text == canonical, "metadata_canonical")
     version = metadata.get("format_version")
     need(isinstance(version, str) and re.fullmatch(r"(0|[1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})", version), "metadata_schema")
     need(str(version).startswith("1."), "unsupported_version")
@@ -207,6 +213,8 @@ def check_metadata(text: str) -> dict[str, Any]:
         need(isinstance(features, list) and all(isinstance(f, str) for f in features), "metadata_schema")
         need(features == sorted(set(features or [])), "metadata_schema")
         need(key != "required_features" or not features, "unsupported_feature")
+        if key == "required_features":
+            need(text == json.dumps(metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=True), "metadata_canonical")
     lists = {"required_features": list, "optional_features": list, "dictionaries": list, "groups": list}
     check_keys(metadata, lists | {"format_version": str, "passthrough": dict})
     need(len(metadata["dictionaries"]) <= 256, "metadata_schema")
@@ -216,14 +224,12 @@ def check_metadata(text: str) -> dict[str, Any]:
         need(is_crc(entry["crc32"]), "metadata_schema")
         most = 2 ** entry["code_bits"]
         need(entry["threshold"] <= most and (entry["kind"] == "aivf" or entry["threshold"] == most), "dictionary_threshold")
-    names: list[bytes] = []
+    name = b""
     for group in metadata["groups"]:
-        check_group(group)
-        need(not names or names[-1] < group["name"].encode(), "metadata_schema")  # REQ-GRP-002
-        names.append(group["name"].encode())
-    for name, crc in metadata["passthrough"].items():
+        name = check_group(group, name)
+    for key, crc in metadata["passthrough"].items():
         need(is_crc(crc), "metadata_schema")
-        need(not name.startswith(RESERVED), "reserved_name")  # REQ-MET-013
+        need(not key.startswith(RESERVED), "reserved_name")  # REQ-MET-013
     return metadata
 
 
@@ -257,7 +263,8 @@ class File:
             at = end
         need(at == len(data), "trailing_data")
 
-        strings = header.get("__metadata__")
+        need("__metadata__" in header, "not_packed")
+        strings = header["__metadata__"]
         need(isinstance(strings, dict) and all(isinstance(value, str) for value in strings.values()), "header_schema")
         need("qmoecodec" in strings, "not_packed")
         need("qmoecodec.header_crc32" in self.tensors, "missing_tensor")
@@ -271,7 +278,8 @@ class File:
 
         named = ["qmoecodec.header_crc32", *(f"qmoecodec.dictionary.{i}" for i in range(len(self.dictionaries)))]
         named += [f"{group['name']}_{role}" for group in self.groups for role in ROLES]
-        need(self.tensors.keys() <= {*named, *self.passthrough} and not self.passthrough.keys() & set(named), "orphan_tensor")
+        twice = self.tensors.keys() & self.passthrough.keys() & set(named)
+        need(self.tensors.keys() <= {*named, *self.passthrough} and not twice, "orphan_tensor")
         need(self.tensors.keys() >= {*named, *self.passthrough}, "missing_tensor")
         for i in range(len(self.dictionaries)):
             check_role(self.tensors[f"qmoecodec.dictionary.{i}"], "U8", None)  # REQ-DIC-001

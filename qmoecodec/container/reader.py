@@ -30,12 +30,9 @@ def open(path: str | os.PathLike[str]) -> File:  # noqa: A001  # qmoecodec.open 
     return File(pathlib.Path(path), mapped=True)
 
 
-def decode_expert(
-    group: GroupData, expert: int, parts: ExpertData, begin: int, end: int, *, zero_levels: bool = True
-) -> Int8Array:
+def decode_expert(group: GroupData, expert: int, parts: ExpertData, begin: int, end: int) -> Int8Array:
     """Decode rows begin..end of an expert and check them against its levels (spec §5.2, §6.3).
 
-    zero_levels : False to leave out the check of levels that are +0 (REQ-LEV-003)
     Returns int8[end - begin, cols].
     Raises FormatError: the reasons of spec §5, level_zero; with group, expert and row.
     """
@@ -45,8 +42,7 @@ def decode_expert(
     codes = parts.codes[int(starts[begin]) : int(starts[end])]
     try:
         digits = codec.decode_rows(codes, parts.row_lengths[begin:end], cols=cols, dictionary=parts.dictionary)
-        if zero_levels:
-            check_zero_levels(digits, parts.levels[begin:end])
+        check_zero_levels(digits, parts.levels[begin:end])
     except FormatError as error:
         where: dict[str, object] = {"group": group.info.name, "expert": expert}
         row = error.where.get("row")

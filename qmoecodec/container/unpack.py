@@ -68,9 +68,11 @@ def unpack(
         meter = Meter(progress, sum(piece.n_bytes for piece in pieces))
         meter.stage = "decode"
         with _first_error(source), contextlib.ExitStack() as stack:
-            for file in source.files:
+            for file in source.files:  # also what no tensor needs
                 for index in range(len(file.metadata.dictionaries)):
-                    file.dictionary(index)  # also those that no expert needs
+                    file.dictionary(index)
+                for group in file.metadata.groups:
+                    file.group(group.name)
             if to_directory:
                 folder = stack.enter_context(atomic_directory(target, overwrite=overwrite))
                 parts = _split(pieces, max_shard_size)

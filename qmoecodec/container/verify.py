@@ -69,8 +69,8 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> VerifyReport:
         problems.append(Problem(error.reason, str(error), dict(error.where)))
         return VerifyReport(str(path), deep, tuple(problems))
     with opened as source:
-        for error in find_errors(source, deep=deep):
-            problems.append(Problem(error.reason, str(error), dict(error.where)))
+        for found in find_errors(source, deep=deep):
+            problems.append(Problem(found.reason, str(found), dict(found.where)))
         groups = [group.shape[0] for file in source.files for group in file.metadata.groups]
         n_tensors = sum(len(file.metadata.passthrough) for file in source.files)
     return VerifyReport(str(path), deep, tuple(problems), len(groups), sum(groups), n_tensors)
@@ -81,9 +81,10 @@ def find_errors(source: File, *, deep: bool = False) -> Iterator[FormatError]:
     not_canonical: list[FormatError] = []
     for file in source.files:
         at: dict[str, object] = {"file": file.path.name} if len(source.files) > 1 else {}
-        for error in _file_errors(file, not_canonical if deep else None):
+        own: list[FormatError] | None = [] if deep else None
+        for error in _file_errors(file, own):
             yield error.at(**at)
-        not_canonical = [error.at(**at) if "file" not in error.where else error for error in not_canonical]
+        not_canonical += [error.at(**at) for error in own or []]
     yield from not_canonical
 
 
@@ -103,9 +104,9 @@ def _file_errors(file: PackedFile, not_canonical: list[FormatError] | None) -> I
             yield error
             continue
         for expert in range(info.shape[0]):
-            for error in _check_expert(group, expert, not_canonical):
-                if error.where.get("tensor") not in broken:
-                    yield error
+            for found in _check_expert(group, expert, not_canonical):
+                if found.where.get("tensor") not in broken:
+                    yield found
         if not_canonical is not None:
             not_canonical += _check_row_lengths(group)
     for name in sorted(file.metadata.passthrough):
@@ -130,8 +131,11 @@ def _check_expert(group: GroupData, expert: int, not_canonical: list[FormatError
     for begin, end in blocks:
         try:
             digits = decode_expert(group, expert, parts, begin, end)
-        except FormatError:
+        except FormatError as first:
+            # The first error of the block is a level that is 0 only where no row has another one.
             for row in range(begin, end):
+                if len(errors) == _MAX_ROWS or (first.reason == "level_zero" and len(zeros) == _MAX_ROWS):
+                    break
                 try:
                     decode_expert(group, expert, parts, row, row + 1)
                 except FormatError as error:

@@ -316,13 +316,13 @@ def several(*changes: Change) -> Change:
         (retype("qmoecodec.header_crc32", "F32"), "role_dtype"),
         (retype("qmoecodec.header_crc32", "U8", [4]), "role_dtype"),
         (retype("qmoecodec.header_crc32", shape=[1, 1]), "role_shape"),
-        (rename("t", "u"), "missing_tensor"),
+        (rename("t", "u"), "orphan_tensor"),
         (set_metadata("passthrough/t", ...), "orphan_tensor"),
         (set_metadata("passthrough/u", "00000000"), "missing_tensor"),
         (set_metadata("passthrough/experts.w_codes", "00000000"), "orphan_tensor"),
         (set_metadata("passthrough/experts.1.w", "00000000"), "missing_tensor"),
         (several(rename("t", "experts.1.w"), set_metadata("passthrough", {"experts.1.w": "0" * 8})), "source_conflict"),
-        (rename("experts.w_checksums", "experts.w_checksum"), "missing_tensor"),
+        (rename("experts.w_checksums", "experts.w_checksum"), "orphan_tensor"),
         (retype("experts.w_codes", "I8"), "role_dtype"),
         (retype("experts.w_levels", "U32"), "role_dtype"),
         (retype("experts.w_row_lengths", "I8"), "role_dtype"),
@@ -380,6 +380,26 @@ def test_verify_names_all_that_is_wrong(packed: bytes, tmp_path: pathlib.Path) -
     ]
     assert (report.n_groups, report.n_experts, report.n_tensors) == (1, 3, 1)
     assert not report.ok
+
+
+def test_rows_come_before_levels_that_are_zero(packed: bytes, tmp_path: pathlib.Path) -> None:
+    for code in range(256):
+
+        def change(tensors: Tensors, text: dict[str, Any], code: int = code) -> None:
+            levels = tensors["experts.w_levels"][2]
+            levels[:] = bytes(len(levels))
+            (end,) = struct.unpack_from("<Q", tensors["experts.w_code_offsets"][2], 8)
+            tensors["experts.w_codes"][2][end - 1] = code
+
+        report = examine(packed, tmp_path, change)
+        if report.problems[0].reason != "level_zero":
+            break
+    found = [(p.reason, p.where) for p in report.problems]
+    assert found[0][0] != "level_zero" and found[0][1] == {"group": "experts.w", "expert": 0, "row": 4}
+    assert found[1][0] == "level_zero" and found[1][1]["expert"] == 0
+    with pytest.raises(FormatError) as caught:
+        unpack(tmp_path / "f.safetensors", tmp_path / "out.safetensors")
+    assert (caught.value.reason, caught.value.where) == found[0]
 
 
 def test_deep_verification_checks_the_writers_choices(packed: bytes, tmp_path: pathlib.Path) -> None:

@@ -83,9 +83,13 @@ def test_a_good_header() -> None:
         ('{"\\udc00\\ud800":1}', "header_encoding"),
         ('{"a":1}', "header_schema"),
         ('{"a":null}', "header_schema"),
-        ('{"__metadata__":1}', "header_schema"),
-        ('{"__metadata__":null}', "header_schema"),
-        ('{"__metadata__":{"a":1}}', "header_schema"),
+        ('{"__metadata__":1,' + entry()[1:], "header_schema"),
+        ('{"__metadata__":null,' + entry()[1:], "header_schema"),
+        ('{"__metadata__":{"a":1},' + entry()[1:], "header_schema"),
+        ('{"__metadata__":1}', "trailing_data"),
+        ('{"\\ud800\\c":1}', "header_encoding"),
+        ('{"\\c\\ud800":1}', "header_json"),
+        ('{"a":1,"a":1.5}', "json_number"),
         ('{"t":{"dtype":"U8","shape":[8]}}', "header_schema"),
         ('{"t":{"dtype":"U8","shape":[8],"data_offsets":[0,8],"x":1}}', "header_schema"),
         (entry(dtype=1), "header_schema"),
@@ -153,6 +157,23 @@ def test_too_many_tensors() -> None:
     assert len(parse(many(65_536), 0).tensors) == 65_536
     assert reason(many(65_537), 0) == "tensor_count"
     assert len(parse(many(65_537), 0, strict=False).tensors) == 65_537
+
+
+def test_too_many_values() -> None:
+    entry = '{"dtype":"U8","shape":[0,1,1,1,1,1,1,1],"data_offsets":[0,0]}'
+    tensors = ",".join(f'"{i}":{entry}' for i in range(65_536))
+    strings = ",".join(f'"{i}":""' for i in range((1 << 20) - 65_536 * 14 - 2))
+    full = f'{{{tensors},"__metadata__":{{{strings}}}}}'
+    assert len(parse(full, 0).tensors) == 65_536
+    one_more = full[:-2] + ',"":""}}'
+    assert reason(one_more, 0) == "json_size"
+    assert len(parse(one_more, 0, strict=False).tensors) == 65_536  # the header of a source may hold more
+    items = ",".join(["0"] * ((1 << 20) - 2))
+    assert len(parse_object(f'{{"a":[{items}]}}')["a"]) == (1 << 20) - 2
+    with pytest.raises(FormatError, match="json_size"):
+        parse_object(f'{{"a":[{items},0]}}')
+    with pytest.raises(FormatError, match="json_size"):  # it stops there
+        parse_object(f'{{"a":[{items},0,x')
 
 
 def test_sixteen_deep_is_allowed() -> None:

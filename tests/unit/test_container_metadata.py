@@ -111,6 +111,8 @@ def change(path: str, new: object) -> Callable[[Any], None]:
         ("groups/1/layout", "matrix", "metadata_schema"),
         ("groups/1/expert_ranges", [[0, 2]], "metadata_schema"),
         ("groups/0/source", "a.wi", "metadata_schema"),
+        ("groups/2/source", "w" * 4097, "metadata_schema"),
+        ("groups/2/source", "w" * 4096, None),
         ("groups/0/source", "a.{}.{}", "metadata_schema"),
         ("groups/1/source", "a.{}.{}", None),
         ("groups/0/dtype", "F8_E4M3", "metadata_schema"),

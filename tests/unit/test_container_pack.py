@@ -504,6 +504,32 @@ def test_bad_names_in_an_index(tmp_path: pathlib.Path, file: object, reason: str
     assert not (tmp_path / "out").exists()
 
 
+def test_a_packed_directory_with_and_without_an_index(tmp_path: pathlib.Path) -> None:
+    pack(write_checkpoint(tmp_path / "in", 3), tmp_path / "packed", max_shard_size=2_500)
+    folder = tmp_path / "packed"
+    (folder / "model.safetensors").write_bytes(b"not named by the index, so ignored")
+    with open_packed(folder) as f:
+        assert [file.path.name for file in f.files] == list(dict.fromkeys((f.shards.weight_map or {}).values()))
+    unpack(folder, tmp_path / "out.safetensors")
+    index = folder / "model.safetensors.index.json"
+    kept = index.read_bytes()
+    os.truncate(index, 100_000_001)
+
+    def reason() -> str:
+        with pytest.raises(FormatError) as caught:
+            open_packed(folder)
+        return caught.value.reason
+
+    assert reason() == "shard_index"
+    index.write_bytes(kept)
+    assert verify(folder).ok
+    index.unlink()
+    assert reason() == "header_size"
+    (folder / "model.safetensors").unlink()
+    assert reason() == "shard_missing"
+    assert [p.reason for p in verify(folder).problems] == ["shard_missing"]
+
+
 @pytest.mark.parametrize("what", ["source", "packed"])
 def test_index_and_shards_must_agree(tmp_path: pathlib.Path, what: str) -> None:
     folder = write_checkpoint(tmp_path / "in", 3)

@@ -100,6 +100,7 @@ MALFORMED = {
     "table: one byte too many": ("dictionary_size", _table(b"\4", b"\0\0")),
     "table: one byte for no digit": ("dictionary_size", _table(b"", b"\0")),
     "table: digit 3": ("dictionary_symbol", _table(b"\4", _symbols(0, 3, 0, 0))),
+    "table: digit 3 and padding set": ("dictionary_symbol", _table(b"\3", _symbols(0, 1, 3, 1))),
     "table: padding set": ("dictionary_padding", _table(b"\3", _symbols(0, 1, 2, 1))),
     "table: padding set, high bit": ("dictionary_padding", _table(b"\3", _symbols(0, 1, 2, 2))),
     "table: phrase twice": ("dictionary_duplicate", _table(b"\1\1", _symbols(2, 2))),

@@ -217,6 +217,8 @@ def shards() -> Iterator[Vector]:
     yield one("index-empty-object", "shard_index", "SHD-001", b"{}")
     yield one("index-no-map", "shard_index", "SHD-001", b'{"metadata": {}}')
     yield one("index-map-array", "shard_index", "SHD-001", b'{"weight_map": ["a"]}')
+    yield one("index-map-true", "shard_index", "SHD-001 JSN-005", b'{"weight_map": true}')
+    yield one("index-map-null-name", "shard_index", "SHD-001 JSN-005", index_text(weight_map | {"bias": None}))
     yield one("index-map-null", "shard_index", "SHD-001 JSN-005", b'{"weight_map": null}')
     yield one("index-map-number", "shard_index", "SHD-001", index_text(mapped(bias=1)))
     yield one("index-map-list", "shard_index", "SHD-001", index_text(mapped(bias=[first])))
@@ -242,9 +244,10 @@ def shards() -> Iterator[Vector]:
     yield one(
         "shard-directory-empty",
         "shard_missing",
-        "SHD-004",
+        "SHD-007",
         change={INDEX: None, SHARDS[0]: None, SHARDS[1]: None, "config.json": b"{}"},
     )
+    yield one("directory-other-names", "shard_missing", "SHD-007", change={INDEX: None})
     outside = "vectors/valid/base-8.safetensors"
     link = "linked.safetensors"
     linked = index_text({name: link if file == first else file for name, file in weight_map.items()})
@@ -431,6 +434,14 @@ def limits() -> Iterator[Vector]:
         setting(header_text=lambda text: text[:-1] + ',"a":' + "[" * 1_000_000),
         gzip=True,
     )
+    yield from claim(
+        "values",
+        "json_size",
+        "JSN-007 GEN-002",
+        setting(header_text=lambda text: f'{text[:-1]},"a":[{"0," * 8_000_000}0]}}'),
+        gzip=True,
+        seconds=30,
+    )
     yield from claim("digits", "json_number", "JSN-004", text('"shape":[1,5]', f'"shape":[{"9" * 1_000_000},5]'), gzip=True)
     yield from claim(
         "empty-tensors",
@@ -445,4 +456,5 @@ def limits() -> Iterator[Vector]:
             )
         ),
         gzip=True,
+        seconds=30,
     )

@@ -12,6 +12,7 @@ from vectors.faults import (
     Fault,
     added,
     broken,
+    keep,
     many,
     meta,
     put,
@@ -108,6 +109,8 @@ def groups() -> Iterator[Vector]:
         "base-string": ("row_length_base", "0"),
         "ranges-of-matrix": ("expert_ranges", [[0, 1]]),
         "ranges-null": ("expert_ranges", None),
+        "source-4097": ("source", "w" * 4097),
+        "source-4098-bytes": ("source", "é" * 2049),
     }
     yield from broken(
         "8", [(f"group-{name}", "metadata_schema", "GRP-001", meta(entry + key, value)) for name, (key, value) in simple.items()]
@@ -129,6 +132,7 @@ def groups() -> Iterator[Vector]:
         [
             ("groups-unsorted", "metadata_schema", "GRP-002", swap),
             ("groups-twice", "metadata_schema", "GRP-002", twice),
+            ("groups-unsorted-and-large", "metadata_schema", "GRP-002", many(meta("groups/0/shape", [3, large, 20]), swap)),
             ("matrix-of-two-experts", "metadata_schema", "GRP-003", fuse),
             ("ranges-missing", "metadata_schema", "GRP-001", meta(ranges, ...)),
             ("template-without-braces", "metadata_schema", "GRP-001", meta("groups/0/source", "a.weight")),
@@ -334,3 +338,16 @@ def levels() -> Iterator[Vector]:
                 (f"level-high-zero-used-{tail}", "level_zero", "LEV-003", put("w_levels", 2 * 2 * size + size, bytes(size))),
             ],
         )
+    zero = put("w_levels", 0, bytes(4))
+    yield from broken(
+        "8",
+        [
+            ("order-codeword-before-level-zero", "unused_codeword", "ROW-002", many(zero, word(4, 0, 7, hand(8)))),
+            (
+                "order-expert-before-passthrough",
+                "level_zero",
+                "LEV-003",
+                many(zero, keep("passthrough", meta("passthrough/bias", "00000000"))),
+            ),
+        ],
+    )

@@ -52,7 +52,7 @@ def metadata() -> Iterator[Vector]:
         return setting(metadata_text=change)
 
     cases: list[Case] = [
-        ("metadata-none", "header_schema", "MET-001", no_strings),
+        ("metadata-none", "not_packed", "MET-001", no_strings),
         ("metadata-array", "header_schema", "MET-001", strings([])),
         ("metadata-string", "header_schema", "MET-001", strings("qmoecodec")),
         ("metadata-number-value", "header_schema", "MET-001", text('"__metadata__":{', '"__metadata__":{"a":1,')),
@@ -64,7 +64,7 @@ def metadata() -> Iterator[Vector]:
         ("text-not-json", "header_json", "JSN-001", meta_all(lambda text: text[:-1])),
         ("text-array", "header_json", "JSN-001", meta_all(lambda text: f"[{text}]")),
         ("text-null", "header_json", "JSN-005", meta_all(lambda text: "null")),
-        ("text-bom", "header_json", "JSN-001", meta_all(lambda text: "\ufeff" + text)),
+        ("text-bom", "header_encoding", "CON-004", meta_all(lambda text: "\ufeff" + text)),
         (
             "text-duplicate",
             "duplicate_key",
@@ -203,8 +203,17 @@ def metadata() -> Iterator[Vector]:
                 ],
             ),
         ),
+        (
+            "missing-role-and-passthrough",
+            "missing_tensor",
+            "MET-012",
+            many(removed("w_codes"), meta("passthrough/w_codes", "00000000")),
+        ),
     ]
     yield from broken("8", cases)
+    for vector in broken("8", [("text-json-size", "json_size", "JSN-007", meta("x-many", [0] * 2**20))]):
+        vector.gzip, vector.seconds = True, 30
+        yield vector
 
 
 # ---- §4 --------------------------------------------------------------------------------------------------------------
@@ -298,6 +307,12 @@ def dictionaries() -> Iterator[Vector]:
                 "dictionary_duplicate",
                 "DIC-013",
                 bank(0, codebook.table(8, {**tables.phrases[0], 0: bytes(7)})),
+            ),
+            (
+                "table-digit-3-and-padding",
+                "dictionary_symbol",
+                "DIC-010",
+                put(name, -1, bytes([tables.data[-1] | 0x40 | 3 << 2 * ((used - 1) % 4)])),
             ),
             ("table-as-aivf", "dictionary_size", "DIC-005", meta(entry + "kind", "aivf")),
             (

@@ -222,8 +222,17 @@ def json_text() -> Iterator[Vector]:
         ("json-surrogates-reversed", "header_encoding", "JSN-006", text("w_codes", "w_\\udd1e\\ud834")),
         ("json-surrogates-apart", "header_encoding", "JSN-006", text("w_codes", "w_\\ud834 \\udd1e")),
         ("json-two-high-surrogates", "header_encoding", "JSN-006", text("w_codes", "w_\\ud834\\ud834")),
+        ("json-surrogate-then-bad-escape", "header_encoding", "JSN-006", text("w_codes", "w_\\ud834\\codes")),
+        ("json-bad-escape-then-surrogate", "header_json", "JSN-001", text("w_codes", "w_\\codes\\ud834")),
+        ("json-duplicate-then-comma", "header_json", "JSN-001", text(shape, f"{shape},{shape[:-1]},]")),
     ]
     yield from broken("8", cases)
+    many_values = ",".join(['{"a":""}'] * 2**19)  # with the arrays and what else there is more than 2^20 values
+    for vector in broken(
+        "8", [("json-size", "json_size", "JSN-007", setting(header_text=lambda text: f'{text[:-1]},"a":[{many_values}]}}'))]
+    ):
+        vector.gzip, vector.seconds = True, 30
+        yield vector
 
 
 def _value(header: str, key: str) -> str:

@@ -358,7 +358,7 @@ def directories() -> Iterator[Vector]:
     yield Vector(
         "valid/directory-one-file",
         "a directory without an index",
-        ["REQ-SHD-004"],
+        ["REQ-SHD-007"],
         {"model.safetensors": files[SHARDS[0]]},
         only,
         drafts=drafts,
@@ -371,6 +371,21 @@ def directories() -> Iterator[Vector]:
         only,
     )
     yield Vector("valid/shards-none", "an index of no file", ["REQ-SHD-001"], {INDEX: index_text({})}, {})
+    yield one(
+        "shards-and-single",
+        "an index beside a model.safetensors that it does not name",
+        index_text(weight_map),
+        {"model.safetensors": b"no"},
+        reqs=["REQ-SHD-001", "REQ-SHD-007"],
+    )
+    yield plain(
+        "valid/source-4096",
+        "a source name of 4,096 bytes",
+        ["REQ-GRP-001"],
+        [group_of("w", "matrix", "F32", 8, [of_rows(ROWS)], source="é" * 2048)],
+        [hand(8)],
+        gzip=True,
+    )
 
 
 # ---- Later versions, and encodings that are not canonical ------------------------------------------------------------
@@ -445,6 +460,27 @@ def future() -> Iterator[Vector]:
         ["REQ-MET-006"],
         "unsupported_feature",
         other(format_version="1.3", required_features=["a", "b"]),
+    )
+    def spaced(change: Callable[[Draft], None]) -> Callable[[Draft], None]:
+        def both(draft: Draft) -> None:
+            change(draft)
+            draft.metadata_text = lambda text: text.replace(",", ", ")
+
+        return both
+
+    yield refused(
+        "major-not-canonical",
+        "version 2.0, the text not in canonical form",
+        ["REQ-MET-003", "REQ-MET-005"],
+        "unsupported_version",
+        spaced(other(format_version="2.0")),
+    )
+    yield refused(
+        "required-not-canonical",
+        "a required feature, the text not in canonical form",
+        ["REQ-MET-003", "REQ-MET-006"],
+        "unsupported_feature",
+        spaced(other(required_features=["huffman"])),
     )
     yield refused("required-kind", "with a new kind of dictionary", ["REQ-MET-006"], "unsupported_feature", feature_and_kind)
     yield refused(

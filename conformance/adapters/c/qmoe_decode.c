@@ -81,14 +81,14 @@ static bool is_utf8(Span s) {
     return true;
 }
 /* ---- JSON (§2.2) ---------------------------------------------------------------------------------------------------------- */
-enum { HEADER, METADATA, SHARD_INDEX, MAX_DEPTH = 16, MAX_TEXT = 100000000 };
+enum { HEADER, METADATA, SHARD_INDEX, MAX_DEPTH = 16, MAX_TEXT = 100000000, MAX_VALUES = 1 << 20 };
 typedef struct Json {
     char type; bool used; Span key; struct Json *next; /* type: { [ " 0 and t for a literal */
     union { Span text; uint64_t number; struct { struct Json *first; uint64_t count; }; };
 } Json;
 typedef struct {
     uint8_t *p; /* in a copy that ends with a byte 0, which no JSON text may hold; strings are resolved in place */
-    int kind, depth; bool canonical, any_number; Json *spare; size_t n_spare; /* spare: nodes */
+    int kind, depth, n_values; bool canonical, any_number; Json *spare; size_t n_spare; /* spare: nodes */
 } Text;
 static void spaces(Text *t) { for (; *t->p != 0 && strchr(" \t\n\r", *t->p) != NULL; t->p++) t->canonical = false; }
 static int hex4(Text *t) { /* -1: these are not four hexadecimal digits */
@@ -135,7 +135,7 @@ static uint64_t number(Text *t) { /* the longest JSON number that stands here, t
     return value;
 }
 static Json *value(Text *t, Span key) {
-    if (t->n_spare == 0) t->spare = take(t->n_spare = 64, sizeof(Json));
+    need(t->n_values++ < MAX_VALUES, "json_size"); if (t->n_spare == 0) t->spare = take(t->n_spare = 64, sizeof(Json)); /* REQ-JSN-007 */
     Json *v = &t->spare[--t->n_spare], **link = &v->first; const uint8_t c = *t->p, close = c == '{' ? '}' : ']';
     *v = (Json){.type = (char)(is_digit(c) || c == '-' ? '0' : c), .key = key};
     if (c == '"') v->text = string(t);
@@ -166,8 +166,8 @@ static Json *value(Text *t, Span key) {
     }
     return v;
 }
-static Json *parse(Span s, int kind) { /* checks a whole text and returns its object */
-    need(kind == METADATA || (is_utf8(s) && !begins(s, "\xEF\xBB\xBF")), "header_encoding"); /* REQ-CON-004 */
+static Json *parse(Span s, int kind, bool *is_canonical) { /* checks a whole text and returns its object */
+    need(!begins(s, "\xEF\xBB\xBF") && (kind == METADATA || is_utf8(s)), "header_encoding"); /* REQ-CON-004 */
     uint8_t *copy = take(s.n + 8, 1), *object_end;
     if (s.n != 0) memcpy(copy, s.p, s.n);
     Text t = {.p = copy, .kind = kind, .canonical = true};
@@ -177,8 +177,7 @@ static Json *parse(Span s, int kind) { /* checks a whole text and returns its ob
     if (kind != HEADER) spaces(&t);
     while (kind == HEADER && *t.p == ' ') t.p++;
     need(t.p == copy + s.n && (kind != HEADER || t.p - object_end <= 63), "header_json"); /* REQ-CON-006 */
-    need(kind != METADATA || t.canonical, "metadata_canonical");                          /* REQ-MET-003 */
-    return root;
+    return *is_canonical = t.canonical, root;
 }
 static Json *member(const Json *object, const char *key, char type, const char *why) { /* type 0: any */
     Json *m = object->first;
@@ -316,7 +315,7 @@ static void read_group(Group *g, const Json *m, const Group *before) {
     Span layout = field(m, "layout", '"')->text, source = g->source = field(m, "source", '"')->text;
     g->stacked = equals(layout, "stacked"); g->matrix = equals(layout, "matrix");
     need(g->stacked || g->matrix || equals(layout, "fused"), "metadata_schema");
-    need(g->name.n >= 1 && g->name.n <= 4096 && numbers(field(m, "shape", '['), g->shape, 3) == 3, "metadata_schema");
+    need(g->name.n >= 1 && g->name.n <= 4096 && source.n <= 4096 && numbers(field(m, "shape", '['), g->shape, 3) == 3, "metadata_schema");
     g->dtype = dtype_of(field(m, "dtype", '"')->text); g->bits = read_code_bits(m);
     g->base = field(m, "row_length_base", '0')->number;
     need(g->dtype != NULL && g->dtype->exponent != 0 && g->base <= UINT32_MAX, "metadata_schema");
@@ -339,9 +338,10 @@ static void read_group(Group *g, const Json *m, const Group *before) {
     need(!begins(g->name, "qmoecodec.") && !begins(source, "qmoecodec."), "reserved_name"); /* REQ-MET-013 */
 }
 static void read_metadata(File *f, Span text) {
-    const Json *root = parse(text, METADATA), *m; check_version(field(root, "format_version", '"')->text);
+    bool canonical_text; const Json *root = parse(text, METADATA, &canonical_text), *m;
+    check_version(field(root, "format_version", '"')->text);
     need(read_features(root, "required_features") == 0, "unsupported_feature"); /* REQ-MET-006 */
-    read_features(root, "optional_features");
+    need(canonical_text, "metadata_canonical"); read_features(root, "optional_features"); /* REQ-MET-003 */
     const Json *dictionaries = field(root, "dictionaries", '['), *groups = field(root, "groups", '[');
     const Json *passthrough = field(root, "passthrough", '{');
     no_other(root, true, "metadata_schema");                                    /* REQ-MET-009, REQ-MET-010 */
@@ -404,8 +404,8 @@ static void open_file(File *f) {
     bool missing = false, twice = false; char name[4096 + 64];
     need(all.n >= 8, "truncated"); need(n >= 2 && n <= MAX_TEXT && n % 8 == 0, "header_size");                   /* REQ-CON-002, REQ-CON-003 */
     need(n <= all.n - 8, "truncated");                                            /* REQ-CON-001 */
-    const Json *header = parse((Span){all.p + 8, n}, HEADER); read_tensors(f, header, (Span){all.p + 8 + n, all.n - 8 - n});
-    const Json *metadata = member(header, "__metadata__", '{', "header_schema");  /* REQ-MET-001 */
+    const Json *header = parse((Span){all.p + 8, n}, HEADER, &missing); missing = false; read_tensors(f, header, (Span){all.p + 8 + n, all.n - 8 - n});
+    const Json *metadata = member(header, "__metadata__", 0, "not_packed"); need(metadata->type == '{', "header_schema"); /* REQ-MET-001 */
     for (const Json *m = metadata->first; m != NULL; m = m->next) need(m->type == '"', "header_schema");
     const Json *text = member(metadata, "qmoecodec", '"', "not_packed");          /* REQ-MET-002 */
     const Tensor *sum = use(f, word("qmoecodec.header_crc32"), &missing, &twice); need(sum != NULL, "missing_tensor");
@@ -634,11 +634,11 @@ static Span map_shard(const char *directory, Span name) { /* REQ-SHD-003 to REQ-
     return map_file(path);
 }
 static void decode_directory(const char *directory) {
-    char path[2 * PATH_MAX]; const Json *index = NULL, *map = NULL, *m = NULL;
+    char path[2 * PATH_MAX]; const Json *index = NULL, *map = NULL, *m = NULL; bool any;
     snprintf(path, sizeof path, "%s/model.safetensors.index.json", directory);
     if (access(path, F_OK) == 0) {
         Span text = map_file(path); need(text.n <= MAX_TEXT, "shard_index");
-        map = member(index = parse(text, SHARD_INDEX), "weight_map", '{', "shard_index"); /* REQ-SHD-001 */
+        map = member(index = parse(text, SHARD_INDEX, &any), "weight_map", '{', "shard_index"); /* REQ-SHD-001 */
         for (m = map->first; m != NULL; m = m->next) need(m->type == '"', "shard_index");
         for (m = index->first; m != NULL; m = m->next) need(!equals(m->key, "metadata") || m->type == '{', "shard_index");
     }
