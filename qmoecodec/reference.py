@@ -102,3 +102,16 @@ def unpack_row(data: bytes, *, n_codewords: int, code_bits: int) -> list[int]:
     if number >> (n_codewords * code_bits):
         raise FormatError("row_padding")
     return [number >> (code_bits * k) & ((1 << code_bits) - 1) for k in range(n_codewords)]
+
+
+def read_row(data: bytes, *, n_codewords: int, cols: int, dictionary: Dictionary) -> list[int]:
+    """Expand the bytes of one row into its digits 0, 1, 2, with the checks in the order of spec §9: the padding last.
+
+    Raises FormatError: unused_codeword, row_overrun, row_underrun, overrun_nonzero, row_padding.
+    """
+    n_bits = n_codewords * dictionary.code_bits
+    codes = int.from_bytes(data, "little") & (1 << n_bits) - 1
+    codewords = unpack_row(codes.to_bytes(len(data), "little"), n_codewords=n_codewords, code_bits=dictionary.code_bits)
+    digits = decode_row(codewords, cols=cols, dictionary=dictionary)
+    unpack_row(data, n_codewords=n_codewords, code_bits=dictionary.code_bits)
+    return digits

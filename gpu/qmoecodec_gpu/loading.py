@@ -181,8 +181,7 @@ def check_row(data: bytes, n_codewords: int, levels: tuple[float, float], cols: 
     low, high = levels
     if not all(np.isfinite(levels)) or any(v == 0 and np.signbit(v) for v in levels) or not (low < high or low == high == 0):
         raise FormatError("level_value")
-    codewords = reference.unpack_row(data, n_codewords=n_codewords, code_bits=dictionary.code_bits)
-    digits = reference.decode_row(codewords, cols=cols, dictionary=dictionary)
+    digits = reference.read_row(data, n_codewords=n_codewords, cols=cols, dictionary=dictionary)
     if (low == 0 and 1 in digits) or (high == 0 and 2 in digits):
         raise FormatError("level_zero")
 

@@ -86,8 +86,7 @@ def explain(codes: UInt8Array, start: int, n_codewords: int, *, cols: int, dicti
     """Find out from the reference codec what is wrong with a row that a kernel refused."""
     data = codes[start : start + (n_codewords * dictionary.code_bits + 7) // 8].tobytes()
     try:
-        codewords = reference.unpack_row(data, n_codewords=n_codewords, code_bits=dictionary.code_bits)
-        reference.decode_row(codewords, cols=cols, dictionary=dictionary)
+        reference.read_row(data, n_codewords=n_codewords, cols=cols, dictionary=dictionary)
     except FormatError as error:
         return error.at(row=row)
     raise AssertionError(f"a kernel refused row {row}, which the reference accepts")
@@ -119,8 +118,7 @@ def decode_rows(
             n = int(row_lengths[r])
             try:
                 data = codes[starts[r] : starts[r + 1]].tobytes()
-                codewords = reference.unpack_row(data, n_codewords=n, code_bits=dictionary.code_bits)
-                digits = reference.decode_row(codewords, cols=cols, dictionary=dictionary)
+                digits = reference.read_row(data, n_codewords=n, cols=cols, dictionary=dictionary)
             except FormatError as error:
                 raise error.at(row=r) from None
             out[r] = [_VALUE_OF_DIGIT[d] for d in digits]
