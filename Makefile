@@ -92,8 +92,9 @@ bench: $(STAMP)  ## speed of the codec on the CPU, sizes, and peak memory
 	@$(BIN)/python tools/bench/rates.py
 	@$(BIN)/python tools/bench/memory.py
 
-bench-gpu: $(STAMP)  ## speed of the kernels on the GPU
+bench-gpu: $(STAMP)  ## speed of the kernels on the GPU, and of a model of 1.6 trillion parameters
 	@$(BIN)/python tools/bench/gpu.py
+	@$(BIN)/python tools/bench/headline.py
 
 conformance: $(STAMP)  ## the conformance vectors against the Python codec
 	$(BIN)/python conformance/run.py
