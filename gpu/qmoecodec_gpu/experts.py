@@ -29,7 +29,7 @@ class Bank:
 
     entries, nonzeros : for any kernel (`tables.general_entries`)
     thresholds : int32[dictionaries]
-    gather : the gather kernel's tables by form
+    forms : the tables of the gather and tile kernels by form
     """
 
     dictionaries: tuple[Dictionary, ...]
@@ -37,7 +37,7 @@ class Bank:
     entries: torch.Tensor
     nonzeros: torch.Tensor
     thresholds: torch.Tensor
-    gather: dict[tables.EntryForm, torch.Tensor]
+    forms: dict[tables.EntryForm | tables.ScatterForm, torch.Tensor]
 
     @classmethod
     def upload(cls, dictionaries: tuple[Dictionary, ...], device: torch.device) -> Bank:
@@ -59,12 +59,15 @@ class Bank:
             {},
         )
 
-    def gather_table(self, form: tables.EntryForm) -> torch.Tensor:
-        """Return the gather kernel's tables, int32[dictionaries, 256, 2, words]."""
-        if form not in self.gather:
-            table = np.stack([tables.gather_entries(p, form) for p in self.phrases])
-            self.gather[form] = torch.from_numpy(table.view(np.int32)).to(self.entries.device)
-        return self.gather[form]
+    def table(self, form: tables.EntryForm | tables.ScatterForm) -> torch.Tensor:
+        """Return the tables of the gather or a tile kernel, int32[dictionaries, 256, 2, words]."""
+        if form not in self.forms:
+            entries = [
+                tables.gather_entries(p, form) if isinstance(form, tables.EntryForm) else tables.scatter_entries(p, form)
+                for p in self.phrases
+            ]
+            self.forms[form] = torch.from_numpy(np.stack(entries).view(np.int32)).to(self.entries.device)
+        return self.forms[form]
 
 
 class GpuExperts:
@@ -102,7 +105,7 @@ class GpuExperts:
         self.device = codes.device
         self._plans: dict[int, plan.GatherPlan | None] = {}
         self._launches: dict[int, plan.Launch | None] = {}
-        self._tiles: dict[int, plan.TilePlan | None] = {}
+        self._tiles: dict[tuple[int, bool], plan.TilePlan | None] = {}
         self.handle = next(_handles)
         _by_handle[self.handle] = self
 
@@ -223,20 +226,22 @@ class GpuExperts:
             self._launches[largest] = plan.Launch(found) if found and len(found) == len(plans) else None
         return self._launches[largest]
 
-    def tile_plan(self, max_groups: int) -> plan.TilePlan | None:
-        """Return the plan of the tile kernel with at most 32 * max_groups rows per tile; None where it does not fit."""
+    def tile_plan(self, max_rows: int, *, is_wide: bool = False) -> plan.TilePlan | None:
+        """Return the plan of a tile kernel (`plan.plan_tile`); None where none fits."""
         if self.layout is None or self.level_kind == 2:
             return None
-        if max_groups not in self._tiles:
-            self._tiles[max_groups] = plan.plan_tile(
+        if (max_rows, is_wide) not in self._tiles:
+            self._tiles[max_rows, is_wide] = plan.plan_tile(
                 self.layout,
                 cols=self.shape[2],
                 max_phrase=max(d.max_phrase for d in self.bank.dictionaries),
                 max_nonzeros=max(p.max_nonzeros for p in self.bank.phrases),
                 max_shared_bytes=modules.max_shared_bytes(self.device),
-                max_groups=max_groups,
+                max_rows=max_rows,
+                is_sm_90=modules.is_sm_90(self.device),
+                is_wide=is_wide,
             )
-        return self._tiles[max_groups]
+        return self._tiles[max_rows, is_wide]
 
     def decode(
         self, expert: int | None = None, *, dtype: torch.dtype = torch.int8, out: torch.Tensor | None = None

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from qmoecodec_gpu import modules, plan
+from qmoecodec_gpu import modules, plan, tiles
 from qmoecodec_gpu.experts import GpuExperts
 
 #: Up to so many tokens the routing kernel sorts by itself; beyond, torch does.
@@ -19,13 +19,13 @@ DENSE_FROM: Final = 48
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Work lists on the device, one per class of 1, 2, 4, 8 and 64 tokens (kernels/route.cu).
+    """Work lists on the device: items of 1, 2, 4 and 8 tokens, and large ones (kernels/route.cu).
 
-    n_items : int32[5];  item_expert : int32[5, tokens];  item_tokens : int32[5, 8 * tokens]
+    n_items : int32[6];  item_expert : int32[5, tokens];  item_tokens : int32[5, 8 * tokens]
     n_tokens : the number of tokens, which bounds the lists
     n_experts : the experts that they were routed to
-    largest : tokens per item at most, 1, 2, 4, 8 or 64
-    max_large : items of more than 16 tokens at most
+    largest : tokens per item at most
+    max_large : large items at most
     """
 
     n_items: torch.Tensor
@@ -44,16 +44,10 @@ def largest_class(experts: GpuExperts) -> int:
     return max(tokens for tokens in plan.TOKEN_CLASSES if experts.gather_plan(tokens) is not None)
 
 
-def takes_tiles(experts: GpuExperts, x: torch.Tensor) -> bool:
-    """Say whether the tile kernel can take these experts and such x."""
-    kind = {0: torch.bfloat16, 1: torch.float16}.get(experts.level_kind)
-    aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-    return experts.tile_plan(4) is not None and x.dtype == kind and aligned and largest_class(experts) == 8
-
-
 def choose_largest(experts: GpuExperts, x: torch.Tensor) -> int:
     """Return the size of the largest item for these experts and tokens."""
-    return plan.TILE_TOKENS if len(x) > 16 and takes_tiles(experts, x) else largest_class(experts)
+    large = len(x) >= plan.LEAST_TILE_TOKENS and tiles.plan_for(experts, x) is not None
+    return plan.TILE_TOKENS if large else largest_class(experts)
 
 
 def route(expert: torch.Tensor, *, n_experts: int, largest: int) -> Route:
@@ -65,8 +59,9 @@ def route(expert: torch.Tensor, *, n_experts: int, largest: int) -> Route:
         raise TypeError("expert is a one-dimensional int64 CUDA tensor")
     tokens, device = len(expert), expert.device
     expert = expert.contiguous()
+    least = plan.LEAST_TILE_TOKENS
     lists = torch.empty(8 + 45 * tokens, dtype=torch.int32, device=device)
-    n_items, item_expert, item_tokens = lists[:5], lists[8 : 8 + 5 * tokens], lists[8 + 5 * tokens :]
+    n_items, item_expert, item_tokens = lists[:6], lists[8 : 8 + 5 * tokens], lists[8 + 5 * tokens :]
     by_expert = by_token = None
     if tokens > _SORT_IN_KERNEL:
         by_expert, by_token = torch.sort(expert, stable=True)
@@ -83,13 +78,15 @@ def route(expert: torch.Tensor, *, n_experts: int, largest: int) -> Route:
             modules.i32(tokens),
             modules.i32(n_experts),
             modules.i32(largest),
+            modules.i32(least),
             p(n_items),
             p(item_expert),
             p(item_tokens),
         ),
         shared_bytes=0 if by_expert is not None else 12 * tokens + 16,  # reads are paired
     )
-    return Route(n_items, item_expert.view(5, tokens), item_tokens.view(5, 8 * tokens), tokens, n_experts, largest, tokens // 17)
+    max_large = min(tokens // least, tokens // largest + n_experts) if largest > plan.TOKEN_CLASSES[-1] else 0
+    return Route(n_items, item_expert.view(5, tokens), item_tokens.view(5, 8 * tokens), tokens, n_experts, largest, max_large)
 
 
 def check_x(experts: GpuExperts, x: torch.Tensor) -> None:
@@ -128,47 +125,8 @@ def run(
         if scale.device != x.device:
             raise ValueError(f"scale is on {scale.device}, x on {x.device}")
     _launch(experts, items, x, y, relu=relu, scale=scale)
-    if items.largest == plan.TILE_TOKENS and items.n_tokens > 16:
-        if not takes_tiles(experts, x):
-            raise ValueError("items of more than 8 tokens need x on 16-byte boundaries and levels of x's type")
-        _launch_tiles(experts, items, x, y, relu=relu, scale=scale)
-
-
-def _launch_tiles(
-    experts: GpuExperts, items: Route, x: torch.Tensor, y: torch.Tensor, *, relu: bool, scale: torch.Tensor | None
-) -> None:
-    """Queue the tile kernel for the items of more than 8 tokens. Trusts its arguments."""
-    _, rows, cols = experts.shape
-    device = experts.device
-    max_items = items.max_large
-    n_multiprocessors = modules.n_multiprocessors(device)
-    tile = experts.tile_plan(4 if max_items * -(-rows // 128) >= n_multiprocessors else 1)
-    if tile is None or rows == 0:
-        return
-    p, i32 = modules.pointer, modules.i32
-    kernel = modules.function(device, "tile.cu", "matmul_tile", tile.macros(is_f16=x.dtype == torch.float16))
-    lists = _lists(items, len(plan.TOKEN_CLASSES))[:3]
-    arguments = (
-        p(experts.codes),
-        p(experts.expert_start),
-        p(experts.row_start),
-        p(experts.levels),
-        p(experts.dictionary_index),
-        p(experts.bank.thresholds),
-        p(x),
-        x.stride(0),
-        p(y),
-        y.stride(0),
-        p(scale),
-        i32(int(relu)),
-        i32(rows),
-        i32(cols),
-        p(experts.bank.gather_table(tile.form)),
-        *lists,
-        i32(tile.pitch),
-    )
-    grid = min(n_multiprocessors, max_items * -(-rows // (32 * tile.groups)))
-    modules.launch(device, kernel, grid, tile.threads, arguments, shared_bytes=tile.shared_bytes)
+    if items.max_large:
+        tiles.launch(experts, items, x, y, relu=relu, scale=scale)
 
 
 def _largest_used(n_tokens: int, largest: int) -> int:
@@ -219,7 +177,7 @@ def _launch(
     kernel = modules.function(device, "gather.cu", "matvec_gather", macros)
     warps = n_tokens * -(-rows * gather.plans[0].layout.lanes // 32)
     grid = min(modules.n_multiprocessors(device), warps)
-    tables = [p(experts.bank.gather_table(chosen.form)) for chosen in (gather.plans[0], gather.plans[-1])]
+    tables = [p(experts.bank.table(chosen.form)) for chosen in (gather.plans[0], gather.plans[-1])]
     arguments = (
         p(experts.codes),
         p(experts.expert_start),
@@ -275,8 +233,10 @@ def matmul(
         return x @ experts.decode(expert, dtype=x.dtype, out=scratch).T
     numbers = torch.full((len(x),), expert, dtype=torch.int64, device=x.device)
     items = route(numbers, n_experts=experts.shape[0], largest=choose_largest(experts, x))
+    if items.max_large:
+        items = dataclasses.replace(items, max_large=-(-len(x) // items.largest))
     y = empty_y(experts, x)
-    run(experts, dataclasses.replace(items, max_large=-(-len(x) // plan.TILE_TOKENS)), x, y)
+    run(experts, items, x, y)
     return y
 
 

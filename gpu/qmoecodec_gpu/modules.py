@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any, Final
 
 import cupy
@@ -14,6 +18,9 @@ import torch
 
 #: Block size of the kernels that do not care.
 THREADS: Final = 256
+
+#: Files with instructions of sm_90a.
+_SM_90A: Final = ("tile_sm90.cu",)
 
 _lock = threading.Lock()
 _functions: dict[tuple[int, str, str, tuple[tuple[str, int], ...]], Any] = {}
@@ -39,10 +46,35 @@ def function(device: torch.device, file: str, name: str, macros: Mapping[str, in
         if key not in _functions:
             options = ("-std=c++17", *(f"-D{macro}={value}" for macro, value in key[3]))
             with cupy.cuda.Device(key[0]):
-                compiled = cupy.RawModule(code=source(file), options=options, backend="nvrtc").get_function(name)
+                if file in _SM_90A:
+                    compiled = _sm_90a_module(source(file), options).get_function(name)
+                else:
+                    compiled = cupy.RawModule(code=source(file), options=options, backend="nvrtc").get_function(name)
                 compiled.max_dynamic_shared_size_bytes = max_shared_bytes(device) - int(compiled.shared_size_bytes)
             _functions[key] = compiled
         return _functions[key]
+
+
+def _sm_90a_module(code: str, options: tuple[str, ...]) -> Any:
+    """Compile for sm_90a, which CuPy's own compilation never names, into CuPy's cache of compiled kernels."""
+    version = cupy.cuda.nvrtc.getVersion()
+    name = hashlib.sha256(repr((code, options, version)).encode()).hexdigest()
+    folder = os.environ.get("CUPY_CACHE_DIR") or Path("~/.cupy/kernel_cache").expanduser()
+    path = Path(folder) / f"qmoecodec-{name}.cubin"
+    if not path.exists():
+        program = cupy.cuda.nvrtc.createProgram(code, "kernel.cu", [], [])
+        try:
+            cupy.cuda.nvrtc.compileProgram(program, [*options, "-arch=sm_90a"])
+            compiled = cupy.cuda.nvrtc.getCUBIN(program)
+        except cupy.cuda.nvrtc.NVRTCError as error:
+            raise RuntimeError(f"{error}: {cupy.cuda.nvrtc.getProgramLog(program)}") from error
+        finally:
+            cupy.cuda.nvrtc.destroyProgram(program)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:  # whole or not at all
+            file.write(compiled)
+        os.replace(file.name, path)
+    return cupy.RawModule(path=str(path))
 
 
 @cache
@@ -52,6 +84,11 @@ def _attributes(index: int) -> dict[str, int]:
 
 def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
+
+
+def is_sm_90(device: torch.device) -> bool:
+    """Whether the device has Hopper's own instructions."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def max_shared_bytes(device: torch.device) -> int:
@@ -93,14 +130,15 @@ def pointer(tensor: torch.Tensor | None) -> int:
 
 
 def launch(
-    device: torch.device, kernel: Any, grid: int, threads: int, args: Sequence[Any], *, shared_bytes: int = 0
+    device: torch.device, kernel: Any, grid: int | tuple[int, int], threads: int, args: Sequence[Any], *, shared_bytes: int = 0
 ) -> None:
     """Queue a kernel on torch's current stream of the device."""
-    if grid < 1:
+    shape = (grid,) if isinstance(grid, int) else grid
+    if min(shape) < 1:
         return
     stream = torch.cuda.current_stream(device)
     with cupy.cuda.Device(_index(device)), _external(stream):
-        kernel((grid,), (threads,), tuple(args), shared_mem=shared_bytes)
+        kernel(shape, (threads,), tuple(args), shared_mem=shared_bytes)
 
 
 def _external(stream: torch.cuda.Stream) -> Any:

@@ -133,6 +133,49 @@ def gather_entries(phrases: Phrases, form: EntryForm) -> UInt32Array:
     return np.ascontiguousarray(table).view("<u4")
 
 
+@dataclass(frozen=True, slots=True)
+class ScatterForm:
+    """The entries of the tile kernel for sm_90 (kernels/tile_sm90.cu, item 2).
+
+    n_nonzeros : places for nonzeros; more than 3 take two words
+    """
+
+    n_nonzeros: int
+
+    #: Digits of the longest phrase whose entry fits.
+    max_phrase = 127
+
+    @property
+    def n_words(self) -> int:
+        """32-bit words per entry."""
+        return 1 if self.n_nonzeros <= 3 else 2
+
+
+def scatter_entries(phrases: Phrases, form: ScatterForm) -> UInt32Array:
+    """Build the tile kernel's table of one 8-bit dictionary.
+
+    Returns uint32[256, 2, words]: byte 0 is twice the phrase's length, byte z twice the offset of nonzero z, plus 1 for a +; a
+    phrase with fewer nonzeros than places repeats its last one; without any, the last byte is 255.
+    Raises ValueError where the dictionary does not fit the form.
+    """
+    if phrases.lengths.shape[1] != 256:
+        raise ValueError("the tile kernel takes 8-bit codewords")
+    if phrases.max_nonzeros > form.n_nonzeros or int(phrases.lengths.max(initial=0)) > form.max_phrase:
+        raise ValueError(f"phrases do not fit {form}")
+    table = np.zeros((256, 2, 4 * form.n_words), np.uint8)
+    for state in range(2):
+        for codeword in range(256):
+            entry = table[codeword, state]
+            entry[0] = 2 * int(phrases.lengths[state, codeword])
+            start, n = int(phrases.starts[state, codeword]), int(phrases.n_nonzeros[state, codeword])
+            for z in range(form.n_nonzeros if n else 0):
+                at = start + min(z, n - 1)
+                entry[1 + z] = 2 * int(phrases.columns[at]) + int(phrases.digits[at] == 2)
+            if not n:
+                entry[-1] = 255
+    return np.ascontiguousarray(table).view("<u4")
+
+
 def encoder_trees(dictionary: Dictionary) -> tuple[npt.NDArray[np.int32], tuple[int, int]]:
     """Build the parse trees as the encoder walks them (kernels/encode.cu).
 

@@ -1,25 +1,27 @@
 // Routing: which expert multiplies which tokens, as work lists on the device.
 #include "common.cuh"
 
-// An item is an expert with 1 to 64 of its tokens.  Items stand in five lists by size class: 1, 2, up to 4, up to 8, up to 64
-// tokens; list c holds item_expert[c * tokens + i] and item_tokens[c * 8 * tokens + size * i + j], -1 where the item has
-// fewer tokens.  (An item of more than 8 tokens takes 64 places, so 8 places per token are enough.)
+// An item is an expert with some of its tokens.  Items stand in five lists by size class: 1, 2, up to 4, up to 8 tokens, and
+// large ones; item_expert[c * tokens + i] is the expert of item i of list c.  Of lists 0 to 3, item_tokens[c * 8 * tokens + size *
+// i + j] are its tokens, -1 where it has fewer.  A large item has whole octets of slots: slot_token[item_first[i] + j], j <
+// item_count[i], with these three one behind the other where list 4 of item_tokens would be: 6, 1 and 1 places per token.
 //
 // sort tokens by (expert, token); for each expert: cut its tokens into items of `largest`, and the rest as fits
 //
-// largest: 1, 2, 4, 8 or 64.
+// largest: 1, 2, 4 or 8, or more for large items; these have `least` tokens at least (5 or more), other items 8 at most.
+// n_items[5] = slots that were given out.
 //
 // One block, whatever the number of tokens.  A token of expert -1 is dropped: an item of expert -1, whose y is 0.  A token
 // of an expert that does not exist is an item of expert -2, whose y is NaN: the host is not asked, so nothing can be raised.
 extern "C" __global__ void __launch_bounds__(1024) route_tokens(const i64* expert, const i64* sorted_expert,
                                                                 const i64* sorted_token, int tokens, int experts,
-                                                                int largest, int* n_items, int* item_expert,
-                                                                int* item_tokens) {
+                                                                int largest, int least, int* n_items,
+                                                                int* item_expert, int* item_tokens) {
   // Without a sorted list (few tokens) the position of a token is the number of pairs before it.
   extern __shared__ int shared[];
   int* by_expert = sorted_expert ? nullptr : shared;          // [tokens]
   int* by_token = sorted_expert ? nullptr : shared + tokens;  // [tokens]
-  if (threadIdx.x < 5) n_items[threadIdx.x] = 0;  // the barrier below orders this before the atomics
+  if (threadIdx.x < 6) n_items[threadIdx.x] = 0;  // the barrier below orders this before the atomics
   if (!sorted_expert) {
     int* raw = shared + 2 * tokens;
     for (int t = threadIdx.x; t < tokens; t += blockDim.x) {
@@ -55,15 +57,22 @@ extern "C" __global__ void __launch_bounds__(1024) route_tokens(const i64* exper
       int middle = (end + beyond) / 2;
       if (expert_at(middle) > e) beyond = middle; else end = middle + 1;
     }
-    // Up to 16 tokens cost less in items of 8.
-    int in_64 = (s - low) % 64, of_64 = min(64, end - (s - in_64));
-    int size_here = largest <= 8 ? largest : of_64 > 16 ? 64 : 8;
-    if (largest <= 8 ? (s - low) % largest : in_64 % size_here) continue;
+    int in_large = (s - low) % largest, of_large = min(largest, end - (s - in_large));
+    int size_here = largest > 8 && of_large < least ? 8 : largest;
+    if (in_large % size_here) continue;
     int n = min(size_here, end - s);
-    int list = n == 1 ? 0 : n == 2 ? 1 : n <= 4 ? 2 : n <= 8 ? 3 : 4, size = list < 4 ? 1 << list : 64;
+    int list = n == 1 ? 0 : n == 2 ? 1 : n <= 4 ? 2 : size_here <= 8 ? 3 : 4;
     int i = atomicAdd(n_items + list, 1);
     item_expert[list * tokens + i] = (int)e;
-    int* to = item_tokens + (i64)list * 8 * tokens + (i64)i * size;
-    for (int j = 0; j < size; j++) to[j] = j < n ? token_at(s + j) : -1;
+    int* to = item_tokens + (i64)list * 8 * tokens;
+    if (list < 4) {
+      int size = 1 << list;
+      for (int j = 0; j < size; j++) to[(i64)i * size + j] = j < n ? token_at(s + j) : -1;
+    } else {
+      int slot = atomicAdd(n_items + 5, (n + 7) / 8 * 8);
+      to[6 * (i64)tokens + i] = slot;
+      to[7 * (i64)tokens + i] = n;
+      for (int j = 0; j < n; j++) to[slot + j] = token_at(s + j);
+    }
   }
 }

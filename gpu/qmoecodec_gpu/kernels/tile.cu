@@ -1,4 +1,5 @@
-// Fused decode and matrix product for 8-bit dictionaries and items of 9 to 64 tokens, layout "words" (common.cuh).
+// Fused decode and matrix product for 8-bit dictionaries and items of up to 64 tokens, layout "words" (common.cuh), on any
+// architecture from sm_80; tile_sm90.cu is for Hopper.
 //
 // Naively, for each item (expert, tokens) and each tile of TILE rows:
 //   digits[row][column] = 0; for each codeword of each row: for each (offset, sign) of its phrase: digits[row][..] = sign
@@ -122,8 +123,8 @@ __device__ __forceinline__ void decode_rows_of_tile(const u32* words_of, const u
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 matmul_tile(const u32* codes, const u64* expert_start, const u32* row_start, const u32* levels, const u8* dictionary,
             const u32* threshold, const u16* x, i64 x_stride, u16* y, i64 y_stride, const float* scale, int relu,
-            int rows, int cols, const Entry* tables, const int* n_items, const int* item_expert, const int* item_tokens,
-            int pitch) {
+            int rows, int cols, const Entry* tables, const int* n_items, const int* item_expert, const int* item_first,
+            const int* item_count, const int* slot_token, int pitch) {
   extern __shared__ __align__(128) u8 shared[];
   Entry* const table = (Entry*)shared;
   u32* const digits = (u32*)(shared + TABLE_BYTES);
@@ -138,7 +139,8 @@ matmul_tile(const u32* codes, const u64* expert_start, const u32* row_start, con
     const u32 item = unit / tiles;
     const int first = (int)(unit - item * tiles) * TILE;
     const int expert = item_expert[item], d = dictionary[expert];
-    const int* tokens = item_tokens + (u64)item * TOKENS;
+    const int* tokens = slot_token + item_first[item];
+    const int count = item_count[item], n_tokens = (count + 7) / 8 * 8;
     const u32 T = threshold[d];
     __syncthreads();  // the last tile's readers are done
     if (d != filled)
@@ -161,15 +163,13 @@ matmul_tile(const u32* codes, const u64* expert_start, const u32* row_start, con
       low[i] = pair << 16;  // bytes 0 and 1 zero, 2 and 3 the low level
       high[i] = pair >> 16;  // bytes 4 and 5
     }
-    int n_tokens = 0;
-    for (int i = 0; i < TOKENS; i += 8) n_tokens += tokens[i] >= 0 ? 8 : 0;  // they stand first, in whole octets
     // More than 32 tokens are shared out to two warps, and the columns to half as many.
     const int halves = n_tokens > 32 ? 2 : 1, half = warp / GROUPS % halves, slices = WARPS / GROUPS / halves;
     const int slice = warp / (GROUPS * halves);
     const u16* x_of[4];
 #pragma unroll
     for (int n = 0; n < 4; n++) {
-      int octet = 4 * half + n, token = 8 * octet < n_tokens ? tokens[8 * octet + g] : -1;
+      int place = 8 * (4 * half + n) + g, token = place < count ? tokens[place] : -1;
       x_of[n] = token >= 0 ? x + token * x_stride + 16 * t : nullptr;
     }
     const int octets = min(4, n_tokens / 8 - 4 * half);
@@ -218,9 +218,9 @@ matmul_tile(const u32* codes, const u64* expert_start, const u32* row_start, con
           partial[(slice * TOKENS + token + (k & 1)) * TILE + band * 32 + m * 16 + g + 8 * (k >> 1)] = sum[m][n][k];
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < n_tokens * TILE; i += THREADS) {
+    for (int i = threadIdx.x; i < count * TILE; i += THREADS) {
       int n = i / TILE, row = first + i % TILE, token = tokens[n];
-      if (token < 0 || row >= rows) continue;
+      if (row >= rows) continue;
       float v = 0.f;
       for (int s = 0; s < slices; s++) v += partial[(s * TOKENS + n) * TILE + i % TILE];
       y[token * y_stride + row] = Epilogue{scale, relu}(v, token);
