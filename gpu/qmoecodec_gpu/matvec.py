@@ -55,8 +55,7 @@ def route(expert: torch.Tensor, *, n_experts: int, largest: int) -> Route:
 
     expert : int64[tokens]    -1 for a token that is dropped; a number that does not exist makes y NaN
     """
-    if expert.dtype != torch.int64 or expert.ndim != 1 or not expert.is_cuda:
-        raise TypeError("expert is a one-dimensional int64 CUDA tensor")
+    check_expert(expert)
     tokens, device = len(expert), expert.device
     expert = expert.contiguous()
     least = plan.LEAST_TILE_TOKENS
@@ -89,6 +88,12 @@ def route(expert: torch.Tensor, *, n_experts: int, largest: int) -> Route:
     return Route(n_items, item_expert.view(5, tokens), item_tokens.view(5, 8 * tokens), tokens, n_experts, largest, max_large)
 
 
+def check_expert(expert: torch.Tensor) -> None:
+    """Check the experts' numbers of some tokens."""
+    if expert.dtype != torch.int64 or expert.ndim != 1 or not expert.is_cuda:
+        raise TypeError("expert is a one-dimensional int64 CUDA tensor")
+
+
 def check_x(experts: GpuExperts, x: torch.Tensor) -> None:
     """Check x[tokens, cols] before a launch."""
     if x.dtype not in (torch.bfloat16, torch.float16):
@@ -103,7 +108,7 @@ def check_x(experts: GpuExperts, x: torch.Tensor) -> None:
 
 def run(
     experts: GpuExperts,
-    items: Route,
+    items: Route | torch.Tensor,
     x: torch.Tensor,
     y: torch.Tensor,
     *,
@@ -112,10 +117,15 @@ def run(
 ) -> None:
     """Queue the products of all items: y[token] = expert @ x[token].
 
+    items : from `route`; for one token also its expert's number, int64[1] on the device, which needs no routing
     scale : float32[tokens] or None    factor of each token's y, after relu
     """
     check_x(experts, x)
-    if (items.n_tokens, items.n_experts) != (x.shape[0], experts.shape[0]) or items.n_items.device != x.device:
+    if isinstance(items, torch.Tensor):
+        check_expert(items)
+        if (len(items), items.device) != (1, x.device) or len(x) != 1:
+            raise ValueError(f"{len(items)} expert numbers on {items.device} and x {tuple(x.shape)}: several must be routed")
+    elif (items.n_tokens, items.n_experts) != (x.shape[0], experts.shape[0]) or items.n_items.device != x.device:
         raise ValueError(f"{items.n_tokens} tokens were routed to {items.n_experts} experts; this is {tuple(x.shape)}, {experts}")
     if y.shape != (x.shape[0], experts.shape[1]) or y.dtype != x.dtype or y.device != x.device or not y.is_contiguous():
         raise ValueError(f"y must be a contiguous {x.dtype} tensor [tokens, {experts.shape[1]}]")
@@ -125,7 +135,7 @@ def run(
         if scale.device != x.device:
             raise ValueError(f"scale is on {scale.device}, x on {x.device}")
     _launch(experts, items, x, y, relu=relu, scale=scale)
-    if items.max_large:
+    if isinstance(items, Route) and items.max_large:
         tiles.launch(experts, items, x, y, relu=relu, scale=scale)
 
 
@@ -134,14 +144,19 @@ def _largest_used(n_tokens: int, largest: int) -> int:
     return max(tokens for tokens in plan.TOKEN_CLASSES if tokens <= largest and (tokens == 1 or tokens // 2 < n_tokens))
 
 
-def _lists(items: Route, number: int) -> tuple[Any, ...]:
-    p = modules.pointer
-    return (p(items.n_items[number:]), p(items.item_expert[number]), p(items.item_tokens[number]), modules.i32(0))
+def _lists(items: Route | torch.Tensor | int, number: int, n_experts: int = 0) -> tuple[Any, ...]:
+    """The kernels' arguments for class `number` of the work lists, or for one token."""
+    p, i32 = modules.pointer, modules.i32
+    if isinstance(items, Route):
+        lists = (p(items.n_items[number:]), p(items.item_expert[number]), p(items.item_tokens[number]))
+        return (*lists, i32(0), 0, i32(n_experts))
+    only, at = (items, 0) if isinstance(items, int) else (0, p(items))
+    return (0, 0, 0, i32(only), at, i32(n_experts))
 
 
 def _launch(
     experts: GpuExperts,
-    items: Route | int,
+    items: Route | torch.Tensor | int,
     x: torch.Tensor,
     y: torch.Tensor,
     *,
@@ -149,7 +164,7 @@ def _launch(
     scale: torch.Tensor | None = None,
 ) -> None:
     """Queue the kernels for the items, or for one token and the expert of that number. Trusts its arguments."""
-    _, rows, cols = experts.shape
+    n_experts, rows, cols = experts.shape
     n_tokens = x.shape[0]
     if rows == 0 or n_tokens == 0:
         return
@@ -157,8 +172,8 @@ def _launch(
         raise ValueError(f"{n_tokens} tokens with {rows} rows are too many for one launch; take fewer tokens at a time")
     p, i32, device = modules.pointer, modules.i32, experts.device
     is_f16 = x.dtype == torch.float16
-    largest = 1 if isinstance(items, int) else _largest_used(n_tokens, items.largest)
-    lists: tuple[Any, ...] = (0, 0, 0, i32(items)) if isinstance(items, int) else _lists(items, 0)
+    largest = _largest_used(n_tokens, items.largest) if isinstance(items, Route) else 1
+    lists = _lists(items, 0, n_experts)
     vectors = (p(x), x.stride(0), p(y), y.stride(0), p(scale), i32(int(relu)), i32(rows), i32(cols))
     gather = experts.gather_launch(largest)
     if gather is None:
@@ -168,8 +183,7 @@ def _launch(
             macros = {"TOK": tokens, "X_F16": int(is_f16), "LEVEL_KIND": experts.level_kind}
             kernel = modules.function(device, "rows.cu", "matvec_general", macros)
             grid = modules.warp_grid(device, n_tokens * rows)
-            if not isinstance(items, int):
-                lists = _lists(items, number)
+            lists = _lists(items, number, n_experts)
             arguments = (*experts.rows_arguments(), *lists, *vectors, *experts.layout_arguments())
             modules.launch(device, kernel, grid, modules.THREADS, arguments)
         return
@@ -249,7 +263,11 @@ def grouped_matvec(experts: GpuExperts, x: torch.Tensor, expert: torch.Tensor) -
     it has run for these experts and this number of tokens.
     """
     y = empty_y(experts, x)
-    run(experts, route(expert, n_experts=experts.shape[0], largest=choose_largest(experts, x)), x, y)
+    if len(x) == 1:
+        items: Route | torch.Tensor = expert
+    else:
+        items = route(expert, n_experts=experts.shape[0], largest=choose_largest(experts, x))
+    run(experts, items, x, y)
     return y
 
 
@@ -263,13 +281,16 @@ def moe_mlp(
 ) -> torch.Tensor:
     """Run the two matrices of each token's expert: y[t] = scale[t] * wo[e] @ relu(wi[e] @ x[t]), e = expert[t].
 
-    As `grouped_matvec`; the tokens are routed once.
+    As `grouped_matvec`; the tokens are routed once, a single token not at all.
     scale : float32[tokens]    the router's probability, or None
     """
     if wi.shape[0] != wo.shape[0] or wi.shape[1] != wo.shape[2]:
         raise ValueError(f"wi {wi.shape} and wo {wo.shape} do not fit")
     hidden = empty_y(wi, x)
-    items = route(expert, n_experts=wi.shape[0], largest=min(choose_largest(wi, x), choose_largest(wo, hidden)))
+    if len(x) == 1:
+        items: Route | torch.Tensor = expert
+    else:
+        items = route(expert, n_experts=wi.shape[0], largest=min(choose_largest(wi, x), choose_largest(wo, hidden)))
     run(wi, items, x, hidden, relu=True)
     y = empty_y(wo, x)
     run(wo, items, hidden, y, scale=scale)

@@ -283,6 +283,46 @@ def test_dropped_and_missing_experts(gpu, case, bank):
         check_product(y[[1, 3, 5]], data.dense(), x[[1, 3, 5]], [0, 2, 1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["auto", "file"])
+def test_one_token_in_a_graph(gpu, case, bank, dtype, layout):
+    """A single token is not routed: the kernels read its expert's number, which another replay changes."""
+    from qmoecodec_gpu import matvec
+
+    rng = np.random.default_rng(21)
+    one, two = case((4, 150, 70), 0.885, bank["8 bit, .885"](), rng), case((4, 70, 150), 0.885, bank["8 bit, .885"](), rng)
+    wi = gpu.experts.load(one.encoded, one.levels, layout=layout)
+    wo = gpu.experts.load(two.encoded, two.levels, layout=layout)
+    x = torch.randn(1, 70, device="cuda").to(dtype)
+    number = torch.zeros(1, dtype=torch.int64, device="cuda")
+    scale = torch.rand(1, device="cuda")
+
+    def work():
+        return matvec.grouped_matvec(wi, x, number), matvec.moe_mlp(x, number, wi, wo, scale=scale)
+
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        hidden, y = work()
+    for e in (2, -1, 0, 4, 3, -2, 1 << 40, -(1 << 33), (1 << 32) + 1, 1):
+        x.copy_(torch.randn(1, 70))
+        number.fill_(e)
+        hidden.fill_(7.0)
+        y.fill_(7.0)
+        graph.replay()
+        torch.cuda.synchronize()
+        if e == -1:
+            assert bool((hidden == 0).all() and (y == 0).all())
+        elif not 0 <= e < 4:
+            assert bool(hidden.isnan().all() and y.isnan().all())
+        else:
+            check_product(hidden, one.dense(), x, [e])
+            inner = hidden.relu()
+            exact = two.dense()[e] @ inner[0].double().cpu().numpy() * float(scale)
+            assert np.abs(y[0].double().cpu().numpy() - exact).max() <= 1e-2 * np.abs(exact).max()
+
+
 @pytest.mark.parametrize("n_tokens", [1, 2, 5, 64, 511, 513, 3000])
 def test_routing(gpu, n_tokens):
     from qmoecodec_gpu import matvec
@@ -404,6 +444,10 @@ def test_wrong_arguments(gpu, case, bank):
         matvec.grouped_matvec(experts, good, expert.int())
     with pytest.raises(ValueError, match="routed"):
         matvec.grouped_matvec(experts, good, expert.repeat(2))
+    with pytest.raises(ValueError, match="routed"):
+        matvec.run(experts, expert.repeat(2), good.repeat(2, 1), good.repeat(2, 1))
+    with pytest.raises(TypeError, match="int64"):
+        matvec.run(experts, expert.cpu(), good, good)
     with pytest.raises(ValueError, match="y must"):
         matvec.run(experts, matvec.route(expert, n_experts=2, largest=8), good, good)
     with pytest.raises(IndexError):

@@ -84,6 +84,9 @@ struct Epilogue {
   }
 };
 
+// What the kernels take for an expert's number: -1 drops the token, -2 is an expert that does not exist.
+__device__ __forceinline__ int checked_expert(i64 e, int experts) { return e < -1 || e >= experts ? -2 : (int)e; }
+
 // y of a token of no expert: -1 dropped, so 0; -2 an expert that does not exist, so NaN (in both 16-bit formats).
 __device__ __forceinline__ void fill_unrouted(u16* y, int expert, int first, int end) {
   for (int r = first + threadIdx.x; r < end; r += blockDim.x) y[r] = expert == -1 ? 0 : 0x7fff;

@@ -187,7 +187,7 @@ struct Work {
   int relu, rows, cols;
 };
 
-// The items of one class.  expert null: one item, of expert `only_expert` and token 0 (it then costs no loads).
+// The items of one class.  expert null: one item, of expert `only_expert` and token 0.
 struct Items {
   const int* n;
   const int* expert;
@@ -235,19 +235,21 @@ namespace tokens_8 {
 #undef TOK
 #endif
 
-// Lists as route.cu makes them, n_tokens apart; or null (Items).  many_tables: for the classes of more than one token.
+// Lists as route.cu makes them, n_tokens apart; or null (Items), and then the expert's number stands at `number`, unless
+// that is null too.  many_tables: for the classes of more than one token.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 matvec_gather(const u32* codes, const u64* expert_start, const u32* row_start, const void* levels, const u8* dictionary,
               const u32* threshold, int n_dictionaries, const u16* x, i64 x_stride, u16* y, i64 y_stride,
               const float* scale, int relu, int rows, int cols, const Entry* tables, const Entry* many_tables,
-              const int* n_items, const int* item_expert, const int* item_tokens, int only_expert, i64 n_tokens,
-              int segment_1, int overlap_1, int natural_1, u32 magic_1, int segment_2, int overlap_2, int natural_2,
-              u32 magic_2, int segment_4, int overlap_4, int natural_4, u32 magic_4, int segment_8, int overlap_8,
-              int natural_8, u32 magic_8) {
+              const int* n_items, const int* item_expert, const int* item_tokens, int only_expert, const i64* number,
+              int n_experts, i64 n_tokens, int segment_1, int overlap_1, int natural_1, u32 magic_1, int segment_2,
+              int overlap_2, int natural_2, u32 magic_2, int segment_4, int overlap_4, int natural_4, u32 magic_4,
+              int segment_8, int overlap_8, int natural_8, u32 magic_8) {
   extern __shared__ __align__(128) u8 shared[];
   if ((u32)__cvta_generic_to_shared(shared) != SHARED_BASE) __trap();
   const Work work{codes, expert_start, row_start, levels, dictionary, threshold, n_dictionaries,
                   x, x_stride, y, y_stride, scale, relu, rows, cols};
+  if (number) only_expert = checked_expert(*number, n_experts);
   int filled = -1;
   tokens_1::gather_items(work, Items{n_items, item_expert, item_tokens, only_expert},
                          Geometry{segment_1, overlap_1, natural_1, magic_1}, tables, filled);

@@ -86,24 +86,26 @@ extern "C" __global__ void repack_rows(const u8* codes, const u64* expert_start,
 // ---- matvec, general ------------------------------------------------------------------------------------------------
 // for each item (an expert and up to TOK tokens), for each row: position = 0; for each codeword: for each nonzero of its
 // phrase: sum[level] += x[position + offset]; position += length.  y = low * sum[0] + high * sum[1]
-// Lists null: one item, expert `only_expert` and token 0.
+// Lists null: one item of token 0, of expert `only_expert`, or of the expert whose number stands at `number`.
 #ifndef TOK
 #define TOK 1
 #endif
 extern "C" __global__ void matvec_general(const u8* codes, const u64* expert_start, const u32* row_start,
                                           const void* levels, const u8* dictionary, const uint2* entries,
                                           const u16* nonzeros, const u32* threshold, const int* n_items,
-                                          const int* item_expert, const int* item_tokens, int only_expert, const u16* x,
-                                          i64 x_stride, u16* y, i64 y_stride, const float* scale, int relu, int rows, int cols,
-                                          int bits, int lanes, int words) {
+                                          const int* item_expert, const int* item_tokens, int only_expert,
+                                          const i64* number, int n_experts, const u16* x, i64 x_stride, u16* y, i64 y_stride,
+                                          const float* scale, int relu, int rows, int cols, int bits, int lanes, int words) {
   const int lane = threadIdx.x & 31;
   const Epilogue epilogue{scale, relu};
   const u64 n_warps = (u64)gridDim.x * (blockDim.x >> 5), total = (u64)(item_expert ? *n_items : 1) * rows;
+  if (number) only_expert = checked_expert(*number, n_experts);
   for (u64 r = (u64)blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5); r < total; r += n_warps) {
     u32 item = (u32)(r / rows), in_expert = (u32)(r - (u64)item * rows);
     int expert = item_expert ? item_expert[item] : only_expert;
     if (expert < 0) {  // a dropped token, or an expert that does not exist (route.cu)
-      if (lane == 0) y[item_tokens[(u64)item * TOK] * y_stride + in_expert] = expert == -1 ? 0 : 0x7fff;
+      const int dropped = item_tokens ? item_tokens[(u64)item * TOK] : 0;
+      if (lane == 0) y[dropped * y_stride + in_expert] = expert == -1 ? 0 : 0x7fff;
       continue;
     }
     u32 d = dictionary[expert], T = threshold[d];
