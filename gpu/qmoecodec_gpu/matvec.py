@@ -206,7 +206,7 @@ def _launch(
         n_tokens,
         *(modules.u32(v) for four in gather.geometry() for v in four),
     )
-    modules.launch(device, kernel, grid, gather.threads, arguments, shared_bytes=gather.shared_bytes)
+    modules.launch(device, kernel, grid, gather.threads, arguments, shared_bytes=gather.shared_bytes, early=True)
 
 
 def empty_y(experts: GpuExperts, x: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import tempfile
@@ -130,15 +131,67 @@ def pointer(tensor: torch.Tensor | None) -> int:
 
 
 def launch(
-    device: torch.device, kernel: Any, grid: int | tuple[int, int], threads: int, args: Sequence[Any], *, shared_bytes: int = 0
+    device: torch.device,
+    kernel: Any,
+    grid: int | tuple[int, int],
+    threads: int,
+    args: Sequence[Any],
+    *,
+    shared_bytes: int = 0,
+    early: bool = False,
 ) -> None:
-    """Queue a kernel on torch's current stream of the device."""
+    """Queue a kernel on torch's current stream of the device.
+
+    early : the kernel may start before the one queued before it has ended, where the device can do that (9.0 and later).
+        Until it waits (griddepcontrol.wait) it must not read what another kernel writes, nor write at all; and every
+        block must wait, so that its end means the end of all before it.
+    """
     shape = (grid,) if isinstance(grid, int) else grid
     if min(shape) < 1:
         return
     stream = torch.cuda.current_stream(device)
+    if early and torch.cuda.get_device_capability(device) >= (9, 0):
+        with cupy.cuda.Device(_index(device)):
+            _launch_early(int(kernel.kernel.ptr), shape, threads, args, shared_bytes, stream.cuda_stream)
+        return
     with cupy.cuda.Device(_index(device)), _external(stream):
         kernel(shape, (threads,), tuple(args), shared_mem=shared_bytes)
+
+
+class _Attribute(ctypes.Structure):  # CUlaunchAttribute; its value is a union of 64 bytes
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
+
+
+class _Config(ctypes.Structure):  # CUlaunchConfig
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("n_attributes", ctypes.c_uint),
+    )
+
+
+_C_TYPES: Final = {np.int32: ctypes.c_int32, np.uint32: ctypes.c_uint32, int: ctypes.c_int64}
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _launch_early(
+    function: int, shape: tuple[int, ...], threads: int, args: Sequence[Any], shared_bytes: int, stream: int
+) -> None:
+    """Call cuLaunchKernelEx, as CuPy's launch takes no attributes."""
+    values = [_C_TYPES[type(arg)](arg) for arg in args]
+    addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+    attribute = _Attribute(id=6, value=1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    config = _Config((*shape, 1, 1)[:3], (threads, 1, 1), shared_bytes, stream, ctypes.pointer(attribute), 1)
+    failed = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function), addresses, None)
+    if failed:
+        raise RuntimeError(f"cuLaunchKernelEx failed with error {failed}")
 
 
 def _external(stream: torch.cuda.Stream) -> Any:

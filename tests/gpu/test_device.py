@@ -323,6 +323,56 @@ def test_one_token_in_a_graph(gpu, case, bank, dtype, layout):
             assert np.abs(y[0].double().cpu().numpy() - exact).max() <= 1e-2 * np.abs(exact).max()
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_early_start_waits(gpu, case, bank, captured):
+    """A product begins while what was queued before it runs, but sees all that it writes: kernels, copies, other streams."""
+    from qmoecodec_gpu import matvec
+
+    data = case((3, 500, 1500), 0.885, bank["8 bit, .885"](), np.random.default_rng(22))
+    back = case((3, 1500, 500), 0.885, bank["8 bit, .885"](), np.random.default_rng(23))
+    wi, wo = gpu.experts.load(data.encoded, data.levels), gpu.experts.load(back.encoded, back.levels)
+    source = torch.zeros(1, 1500, device="cuda").bfloat16()
+    number = torch.zeros(1, dtype=torch.int64, device="cuda")
+    side = torch.cuda.Stream()
+
+    def work():
+        x = source.clone()
+        found = []
+        for _ in range(20):
+            e = (number + 0) % 3
+            x = matvec.moe_mlp(x, e, wi, wo)  # after kernels that write x and e
+            x = x / x.abs().max()
+            number.add_(1)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                late = x.float().cos().sin().mul(1).to(x.dtype)
+            torch.cuda.current_stream().wait_stream(side)
+            h = matvec.grouped_matvec(wi, late, e)  # after another stream
+            copy = torch.empty_like(h)
+            copy.copy_(h)
+            found.append((late, e, h, copy, matvec.grouped_matvec(wo, copy, e)))  # after a copy
+        return found
+
+    if captured:
+        work()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = work()
+        for first in (1, 2):
+            source.copy_(torch.randn(1, 1500))
+            number.fill_(first)
+            graph.replay()
+    else:
+        source.copy_(torch.randn(1, 1500))
+        found = work()
+    torch.cuda.synchronize()
+    for late, e, h, copy, y in found:
+        assert bool((copy == h).all())
+        check_product(h, data.dense(), late, e.tolist())
+        check_product(y, back.dense(), copy, e.tolist())
+
+
 @pytest.mark.parametrize("n_tokens", [1, 2, 5, 64, 511, 513, 3000])
 def test_routing(gpu, n_tokens):
     from qmoecodec_gpu import matvec

@@ -84,6 +84,14 @@ struct Epilogue {
   }
 };
 
+// A kernel launched early (modules.py) runs beside the one before it until it waits.  Only then it lets the next one start,
+// which so finds whatever was written before the previous kernel.  In an ordinary launch this does nothing.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // What the kernels take for an expert's number: -1 drops the token, -2 is an expert that does not exist.
 __device__ __forceinline__ int checked_expert(i64 e, int experts) { return e < -1 || e >= experts ? -2 : (int)e; }
 

@@ -26,7 +26,9 @@
 //     y = (high + low) / 2 * T + (high - low) / 2 * D.
 //  8. A block takes a contiguous range of rows of all items, so it fills x and table once or twice.
 //  9. One launch serves all token classes, one after the other: an empty launch costs a microsecond.
-// 10. Addresses in shared memory are offsets plus a constant of the instruction (SHARED_BASE), and pointers of an item are
+// 10. The kernel is launched before the one before it has ended (modules.py) and waits for it before it reads x, scale and items.
+//     For one token and one dictionary, the table is in shared memory by then.
+// 11. Addresses in shared memory are offsets plus a constant of the instruction (SHARED_BASE), and pointers of an item are
 //     kept as they are used (`keep`): the compiler would add the base, or make the pointers anew, for every row.
 //
 // Trusts, checked by experts.py when the group is loaded: codewords valid (no phrase begins beyond the row, so no column
@@ -249,8 +251,17 @@ matvec_gather(const u32* codes, const u64* expert_start, const u32* row_start, c
   if ((u32)__cvta_generic_to_shared(shared) != SHARED_BASE) __trap();
   const Work work{codes, expert_start, row_start, levels, dictionary, threshold, n_dictionaries,
                   x, x_stride, y, y_stride, scale, relu, rows, cols};
-  if (number) only_expert = checked_expert(*number, n_experts);
   int filled = -1;
+#if MAX_TOK == 1 && __CUDA_ARCH__ >= 900
+  if (n_dictionaries == 1) {  // while the kernel before ends; tables do not change
+    TableFill table;
+    table.load(tables);
+    table.store(shared);
+    filled = 0;
+  }
+#endif
+  wait_for_previous();
+  if (number) only_expert = checked_expert(*number, n_experts);
   tokens_1::gather_items(work, Items{n_items, item_expert, item_tokens, only_expert},
                          Geometry{segment_1, overlap_1, natural_1, magic_1}, tables, filled);
   filled = -1;

@@ -15,7 +15,8 @@ static_assert(WEIGHT * SCALE == COLUMN && WEIGHT < 256, "a byte times WEIGHT is 
 constexpr u32 MISSING = TOK > 1 ? 0x02020202u : SEGMENTED ? 0x02020202u : 0x80808080u;
 constexpr u32 X_BASE = SHARED_BASE + TABLE_BYTES;
 
-// Fill x.  Segmented: slot c of row `row` holds column (c % LANES) * segment + row, in rows 0 .. segment + overlap - 1.
+// Fill x, by loads that see what the kernel before wrote (not __ldg).  Segmented: slot c of row `row` holds column
+// (c % LANES) * segment + row, in rows 0 .. segment + overlap - 1.
 // `ahead`: the first 16 bytes per thread of one token's x, where `aligned`.
 __device__ __forceinline__ void fill_x(u8* at, const u16* x, i64 x_stride, const int* tokens, int cols, int segment,
                                        int overlap, int natural_columns, bool aligned, const uint4& ahead) {
@@ -26,10 +27,10 @@ __device__ __forceinline__ void fill_x(u8* at, const u16* x, i64 x_stride, const
   u16* raw = (u16*)(at + (segment + overlap) * COLUMN);
   if (aligned) {
     if (threadIdx.x < cols / 8) ((uint4*)raw)[threadIdx.x] = ahead;
-    for (int i = threadIdx.x + THREADS; i < cols / 8; i += THREADS) ((uint4*)raw)[i] = __ldg((const uint4*)from + i);
-    for (int i = (cols & ~7) + threadIdx.x; i < cols; i += THREADS) raw[i] = __ldg(from + i);
+    for (int i = threadIdx.x + THREADS; i < cols / 8; i += THREADS) ((uint4*)raw)[i] = __ldcg((const uint4*)from + i);
+    for (int i = (cols & ~7) + threadIdx.x; i < cols; i += THREADS) raw[i] = __ldcg(from + i);
   } else {
-    for (int i = threadIdx.x; i < cols; i += THREADS) raw[i] = __ldg(from + i);
+    for (int i = threadIdx.x; i < cols; i += THREADS) raw[i] = __ldcg(from + i);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < (segment + overlap) * 32; i += THREADS) {
@@ -42,7 +43,7 @@ __device__ __forceinline__ void fill_x(u8* at, const u16* x, i64 x_stride, const
   }
 #else
   for (int i = threadIdx.x; i < natural_columns; i += THREADS) {
-    u32 v = i < cols ? __ldg(from + i) : 0u;
+    u32 v = i < cols ? __ldcg(from + i) : 0u;
     ((uint2*)at)[i] = make_uint2(v, v << 16);
   }
 #endif
@@ -65,8 +66,8 @@ __device__ __forceinline__ void fill_x(u8* at, const u16* x, i64 x_stride, const
     u32 pair[TOK / 2];
 #pragma unroll
     for (int t = 0; t < TOK; t += 2) {
-      u32 low = column < cols && tokens[t] >= 0 ? __ldg(x + tokens[t] * x_stride + column) : 0u;
-      u32 high = column < cols && tokens[t + 1] >= 0 ? __ldg(x + tokens[t + 1] * x_stride + column) : 0u;
+      u32 low = column < cols && tokens[t] >= 0 ? __ldcg(x + tokens[t] * x_stride + column) : 0u;
+      u32 high = column < cols && tokens[t + 1] >= 0 ? __ldcg(x + tokens[t + 1] * x_stride + column) : 0u;
       pair[t / 2] = low | high << 16;
     }
 #if TOK == 2
@@ -228,7 +229,7 @@ __device__ __forceinline__ void gather_items(const Work& work, const Items& item
     uint4 ahead = make_uint4(0, 0, 0, 0);
     const u16* first_x = work.x + tokens[0] * work.x_stride;
     const bool aligned = ((u64)first_x & 15) == 0;
-    if (TOK == 1 && SEGMENTED && aligned && threadIdx.x < cols / 8) ahead = __ldg((const uint4*)first_x + threadIdx.x);
+    if (TOK == 1 && SEGMENTED && aligned && threadIdx.x < cols / 8) ahead = __ldcg((const uint4*)first_x + threadIdx.x);
     __syncthreads();  // the last item's readers are done
     if (d != filled) table.store(shared);
     filled = d;
