@@ -8,7 +8,10 @@ memory, measured with matrices that stand for all experts of a layer:
 - "ideal, one matrix per layer" is the paper's method. With more than one token, the layer's matrix is read again from the L2
   cache, which real experts could not be.
 - "ideal, own memory" gives each token of a step another matrix of a pool, larger than the L2 cache.
-Everything but the experts is the same code. A step is one CUDA graph; tokens per second are batch / step time.
+Everything but the experts is the same code: for one sequence the kernels of one_token.py, for several torch's. One
+sequence is compared with three forms of the ideal experts: torch.mv; torch.compile for the second product, where it is the
+faster; and the product kernel of the dense parts, which begins to read its matrix while the kernel before it ends.
+A step is one CUDA graph; tokens per second are batch / step time.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ import torch
 import torch.nn.functional as functional
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import gpu as bench  # the script beside this one
+import one_token
+
+import gpu as bench  # the scripts beside this one
 from qmoecodec.dictionary import aivf
 from qmoecodec_gpu import backend, encoding, matvec
 from qmoecodec_gpu.experts import Bank, GpuExperts
@@ -118,15 +123,16 @@ class Model:
         self.encoder = [Block(g, i, decoder=False) for i in range(g.layers)]
         self.decoder = [Block(g, g.layers + i, decoder=True) for i in range(g.layers)]
         self.source = source
+        self.norm = torch.ones(g.d_model, dtype=torch.bfloat16, device=DEVICE)
 
     def dense_bytes(self) -> int:
         """Bytes of all dense tensors."""
         blocks = [t for b in self.encoder + self.decoder for t in vars(b).values() if isinstance(t, torch.Tensor)]
-        return self.embedding.nbytes + sum(t.nbytes for t in blocks)
+        return self.embedding.nbytes + self.norm.nbytes + sum(t.nbytes for t in blocks)
 
     def sparse(self, x: torch.Tensor, block: Block, mlp: Mlp) -> torch.Tensor:
         """Route each token to its best expert and add what that says."""
-        h = functional.rms_norm(x, (self.g.d_model,), block.norm)
+        h = functional.rms_norm(x, (self.g.d_model,), block.norm, one_token.EPS)
         probability, expert = torch.softmax((h @ block.router.T).float(), -1).max(-1)
         return x + mlp(h, expert, probability, block.number)
 
@@ -138,7 +144,7 @@ class Model:
         """Run the encoder, and keep each decoder block's cross keys and values."""
         x = self.embedding[tokens]
         for block in self.encoder:
-            h = functional.rms_norm(x, (self.g.d_model,), block.norm)
+            h = functional.rms_norm(x, (self.g.d_model,), block.norm, one_token.EPS)
             q, k, v = (self.heads(t) for t in (h @ block.qkv.T).chunk(3, -1))
             a = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(self.batch, self.source, -1)
             x = x + a @ block.out.T
@@ -148,30 +154,59 @@ class Model:
         self.cache = [[torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)] for _ in self.decoder]
         self.tokens = torch.zeros(self.batch, dtype=torch.int64, device=DEVICE)
         self.position = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        self.nothing = torch.zeros(1, self.g.d_model, dtype=torch.bfloat16, device=DEVICE)
+        self.seed = torch.randint(1 << 40, (1,), device=DEVICE)
         self.columns = torch.arange(self.target, device=DEVICE)
         self.used = [torch.zeros(self.batch, dtype=torch.int64, device=DEVICE) for _ in self.decoder]
 
     def step(self, mlp: Mlp) -> None:
         """Generate one token of each sequence: everything stays on the device."""
+        if self.batch == 1:
+            scores = self.one_token(mlp, self.seed)
+            one_token.pick(scores, self.tokens, self.position, self.seed, self.target)
+            return
+        logits = self.several_tokens(mlp)
+        # Sampled (the Gumbel trick), so that the steps of one sequence differ in their routing.
+        noise = torch.empty_like(logits).exponential_().log_()
+        self.tokens.copy_((logits - noise).argmax(-1))
+        self.position.add_(1).remainder_(self.target)
+
+    def one_token(self, mlp: Mlp, seed: torch.Tensor | None) -> torch.Tensor:
+        """Return the logits, float32[1, vocabulary], with noise if there is a seed (one_token.py).
+
+        What the expert block says is added where it is used.
+        """
+        x, said = self.embedding[self.tokens], self.nothing
+        matvec = one_token.matvec
+        for i, block in enumerate(self.decoder):
+            qkv = matvec(block.qkv, x, more=said, norm=block.norm)
+            a = one_token.attend(qkv, *self.cache[i], self.position)
+            x = matvec(block.out, a, plus=(x, said))
+            q = matvec(block.cross_q, x, norm=block.norm)
+            a = one_token.attend(q, *self.cross[i])
+            x = matvec(block.cross_out, a, plus=(x,))
+            logits = matvec(block.router, x, norm=block.norm, dtype=torch.float32)
+            expert, probability, h = one_token.choose(logits, x, block.norm)
+            said = mlp(h, expert, probability, block.number)
+        return matvec(self.embedding, x, more=said, norm=self.norm, seed=seed, dtype=torch.float32)
+
+    def several_tokens(self, mlp: Mlp) -> torch.Tensor:
+        """Return the logits, float32[batch, vocabulary]."""
         x = self.embedding[self.tokens]
         mask = (self.columns <= self.position)[None, None, None]
         for i, block in enumerate(self.decoder):
-            h = functional.rms_norm(x, (self.g.d_model,), block.norm)
+            h = functional.rms_norm(x, (self.g.d_model,), block.norm, one_token.EPS)
             q, k, v = (self.heads(t.unsqueeze(1)) for t in (h @ block.qkv.T).chunk(3, -1))
             for cache, new in zip(self.cache[i], (k, v), strict=True):
                 cache.index_copy_(2, self.position, new)
             a = functional.scaled_dot_product_attention(q, *self.cache[i], attn_mask=mask)
             x = torch.addmm(x, a.reshape(self.batch, -1), block.out.T)
-            h = functional.rms_norm(x, (self.g.d_model,), block.norm)
+            h = functional.rms_norm(x, (self.g.d_model,), block.norm, one_token.EPS)
             q = self.heads((h @ block.cross_q.T).unsqueeze(1))
             a = functional.scaled_dot_product_attention(q, *self.cross[i])
             x = torch.addmm(x, a.reshape(self.batch, -1), block.cross_out.T)
             x = self.sparse(x, block, mlp)
-        logits = functional.rms_norm(x, (self.g.d_model,)) @ self.embedding.T
-        # Sampled (Gumbel), so that the steps of one sequence differ in their routing.
-        noise = -torch.log(-torch.log(torch.rand(logits.shape, device=DEVICE).clamp(1e-6, 1 - 1e-6)))
-        self.tokens.copy_((logits.float() + noise).argmax(-1))
-        self.position.add_(1).remainder_(self.target)
+        return (functional.rms_norm(x, (self.g.d_model,), self.norm, one_token.EPS) @ self.embedding.T).float()
 
 
 def measure(model: Model, mlp: Mlp, *, steps: int) -> tuple[float, int]:
@@ -193,6 +228,67 @@ def measure(model: Model, mlp: Mlp, *, steps: int) -> tuple[float, int]:
         times.append(begin.elapsed_time(end) / 1e3)
         made.append(model.tokens.clone())
     return statistics.median(times), len(torch.stack(made).unique())
+
+
+def time_encoder(model: Model, source: torch.Tensor, mlp: Mlp) -> float:
+    """Milliseconds of the encoder, launches included."""
+    model.encode(source, mlp)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    model.encode(source, mlp)
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+@torch.compile(dynamic=False)
+def _compiled(matrix: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return ((matrix.float() * x.float()).sum(-1) * scale).bfloat16()
+
+
+def one_sequence(
+    report: bench.Report,
+    model: Model,
+    source: torch.Tensor,
+    compressed: Mlp,
+    ideal_mv: Mlp,
+    pool: tuple[torch.Tensor, torch.Tensor],
+    steps: int,
+) -> None:
+    """Report one sequence: ours, the ideal model with three forms of its experts, and the dense parts alone."""
+
+    def ideal_compiled(x: torch.Tensor, expert: torch.Tensor, scale: torch.Tensor, number: int) -> torch.Tensor:
+        return _compiled(pool[1][number], torch.mv(pool[0][number], x[0]).relu_(), scale)[None]
+
+    def ideal_early(x: torch.Tensor, expert: torch.Tensor, scale: torch.Tensor, number: int) -> torch.Tensor:
+        return one_token.matvec(pool[1][number], one_token.matvec(pool[0][number], x, relu=True), scale=scale)
+
+    def nothing(x: torch.Tensor, expert: torch.Tensor, scale: torch.Tensor, number: int) -> torch.Tensor:
+        return x
+
+    encoder = time_encoder(model, source, compressed)
+
+    def unrouted(x: torch.Tensor, expert: torch.Tensor, scale: torch.Tensor, number: int) -> torch.Tensor:
+        return compressed(x, torch.full_like(expert, number), scale, number)
+
+    # The same step in torch's own operations; not routed, as the two may round to different experts.
+    expected, found = model.several_tokens(unrouted), model.one_token(unrouted, None)
+    error = float((found - expected).norm() / expected.norm())
+    if not error < 3e-2:
+        raise AssertionError(f"logits differ by {error}")
+    report(f"\n### One sequence\n\nEncoder and prompt of 64 tokens ({encoder:.1f} ms); a step generates one token.\n")
+    report.header("experts", "ms per step", "tokens/s", "ours is faster by", "tokens made")
+    forms = {
+        "ours, compressed": compressed,
+        "ideal, torch.mv": ideal_mv,
+        "ideal, torch.mv and torch.compile": ideal_compiled,
+        "ideal, product kernel of the dense parts": ideal_early,
+        "none: dense parts alone": nothing,
+    }
+    ours = 0.0
+    for name, mlp in forms.items():
+        seconds, made = measure(model, mlp, steps=steps)
+        ours = ours or seconds
+        report.table(name, f"{1e3 * seconds:.3f}", f"{1 / seconds:.0f}", f"{seconds / ours:.2f}", f"{made} different")
 
 
 def main() -> None:
@@ -254,21 +350,19 @@ def main() -> None:
             parts.append(torch.bmm(pool_wo[at : at + len(some)], h)[..., 0])
         return torch.cat(parts) * scale[:, None].to(x.dtype)
 
-    report("\nEncoder and prompt of 64 tokens; then a step generates one token of each sequence. Baselines: see the script.\n")
+    batches = [int(b) for b in arguments.batches.split(",")]
+    source = torch.randint(g.vocabulary, (max(batches), 64), device=DEVICE)
+    if 1 in batches:
+        one_sequence(report, Model(g, 1, 64, 64), source[:1], compressed, ideal_shared, (pool_wi, pool_wo), arguments.steps)
+    report("\n### Several sequences\n\nEncoder and prompt of 64 tokens; a step generates one token of each sequence.\n")
     report.header(
         "batch", "ours, ms per step", "tokens/s", "ideal, one matrix per layer", "ratio", "ideal, own memory", "ratio",
         "encoder, ms", "tokens made",
     )  # fmt: skip
-    for batch in (int(b) for b in arguments.batches.split(",")):
+    for batch in (b for b in batches if b > 1):
         torch.cuda.empty_cache()
         model = Model(g, batch, 64, 64)
-        source = torch.randint(g.vocabulary, (batch, 64), device=DEVICE)
-        model.encode(source, compressed)
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        model.encode(source, compressed)
-        torch.cuda.synchronize()
-        encoder = 1e3 * (time.perf_counter() - begin)
+        encoder = time_encoder(model, source[:batch], compressed)
         ours, made = measure(model, compressed, steps=arguments.steps)
         shared, _ = measure(model, ideal_shared, steps=arguments.steps)
         own, _ = measure(model, ideal_own, steps=arguments.steps)
