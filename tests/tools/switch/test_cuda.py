@@ -140,14 +140,13 @@ def test_damaged_experts_are_refused_by_loading(plain: Path, tmp_path: Path) -> 
 
     pack(plain, tmp_path / "packed")
     with open_packed(tmp_path / "packed") as file:
-        group = file.groups["encoder.block.1.layer.1.mlp.experts.wi"]
-        lengths = group.encoded().row_lengths.astype("<u4").tobytes()
+        codes = file.groups["encoder.block.1.layer.1.mlp.experts.wi"].encoded().codes.tobytes()
     path = tmp_path / "packed" / "model.safetensors"
-    data = path.read_bytes()
-    assert data.count(lengths) == 1
-    at = data.index(lengths)
-    path.write_bytes(data[:at] + (1 << 20).to_bytes(4, "little") + data[at + 4 :])
-    with pytest.raises(FormatError, match="row_lengths"):
+    data = bytearray(path.read_bytes())
+    assert data.count(codes) == 1
+    data[data.index(codes) + len(codes) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match="checksum"):
         qmoe_switch.load(tmp_path / "packed", device="cuda")
 
 
