@@ -52,6 +52,10 @@ class ExpertBackend(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def is_capturable(self) -> bool:
+        """Whether its layers ask the device nothing, so that a CUDA graph can hold them."""
+
     def layer(self, wi: ExpertStack, wo: ExpertStack, activation: Activation) -> ExpertLayer:
         """Prepare a layer. Reads no weights of an expert until a token comes to it."""
 
@@ -100,6 +104,7 @@ class DenseBackend:
     """Plain matrices: those of an uncompressed checkpoint, or decoded ones, kept in compute dtype on the device."""
 
     name = "dense"
+    is_capturable = False
 
     def __init__(self, *, cache_bytes: int = DENSE_CACHE_BYTES) -> None:
         self._cache: OrderedDict[tuple[int, int, torch.dtype, torch.device], torch.Tensor] = OrderedDict()
@@ -137,6 +142,7 @@ class CpuBackend:
     """
 
     name = "cpu"
+    is_capturable = False
 
     def __init__(self, *, threads: int | None = None, decode_once_tokens: tuple[int, int] = DECODE_ONCE_TOKENS) -> None:
         self._threads = threads or os.cpu_count() or 1
@@ -223,6 +229,7 @@ class CudaBackend:
     """
 
     name = "cuda"
+    is_capturable = True
 
     def __init__(self, offered: Any, device: torch.device) -> None:
         self._offered, self._device = offered, device

@@ -66,6 +66,11 @@ def _model_options(command: F) -> F:
 @click.option("--tokens", type=_FILE, help="A .npz file with input_ids (and attention_mask), instead of text.")
 @click.option("--limit", type=click.IntRange(min=1), help="Take only the first samples of --tokens.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--graph/--no-graph",
+    default=None,
+    help="Replay the decoding step as a CUDA graph; by default where the backend cuda runs on one device.",
+)
 @_model_options
 def generate(
     directory: Path,
@@ -73,6 +78,7 @@ def generate(
     tokens: Path | None,
     limit: int | None,
     max_new_tokens: int,
+    graph: bool | None,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -92,7 +98,7 @@ def generate(
         else:
             samples = read_tokens(tokens, model.vocabulary, labels=False)
             samples = samples.slice(0, limit or len(samples))
-        result = run(model, samples, max_new_tokens=max_new_tokens)
+        result = run(model, samples, max_new_tokens=max_new_tokens, graph=graph)
         ended = time.perf_counter()
     texts = [None if tokenizer is None else tokenizer.decode(row.tolist(), skip_special_tokens=False) for row in result.tokens]
     if as_json:

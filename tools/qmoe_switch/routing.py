@@ -37,7 +37,8 @@ def assign(probabilities: torch.Tensor, *, capacity: int | None) -> Routing:
     """
     weight, expert = probabilities.max(dim=-1)
     if capacity is not None:
-        taken = torch.nn.functional.one_hot(expert, num_classes=probabilities.shape[-1])
+        # Not one_hot, which may look at the numbers: routing must not make the host wait for the device.
+        taken = expert.unsqueeze(-1) == torch.arange(probabilities.shape[-1], device=expert.device)
         rank = taken.cumsum(dim=-2).gather(-1, expert.unsqueeze(-1)).squeeze(-1)
         expert = torch.where(rank <= capacity, expert, -1)
     return Routing(expert, weight)

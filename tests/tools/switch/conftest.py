@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,34 @@ def reference() -> Callable[..., Any]:
     return reference_model
 
 
-def edit_config(path: Path, **changes: Any) -> None:
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, **changes}))
+class Uploaded:
+    """What the cuda backend would hold: here the decoded matrices."""
+
+    def __init__(self, encoded: Any, levels: Any, *, dtype: str, device: Any) -> None:
+        from qmoecodec import decode
+        from qmoecodec.container.ternary import to_float
+
+        digits, values = decode(encoded), to_float(levels, dtype=dtype, to=np.float32)
+        dense = np.where(digits < 0, values[:, :, :1], np.where(digits > 0, values[:, :, 1:], 0)).astype(np.float32)
+        self.matrices = torch.from_numpy(dense).to(device)
+
+
+def grouped_matvec(x: Any, expert: Any, stack: Uploaded) -> Any:
+    assert x.dtype in (torch.bfloat16, torch.float16)
+    y = torch.einsum("nrc,nc->nr", stack.matrices[expert.clamp(min=0)], x.float())
+    return torch.where(expert[:, None] < 0, 0, y).to(x.dtype)
+
+
+def moe_mlp(x: Any, expert: Any, wi: Uploaded, wo: Uploaded) -> Any:
+    return grouped_matvec(torch.relu(grouped_matvec(x, expert, wi)), expert, wo)
+
+
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return a function after which every backend is `CudaBackend`, with a stand-in for what runs on the device."""
+    from qmoe_switch.backends import CudaBackend
+
+    ops = SimpleNamespace(grouped_matvec=grouped_matvec, moe_mlp=moe_mlp)
+    offered = SimpleNamespace(experts=SimpleNamespace(load=Uploaded), ops=ops)
+    make = lambda *_, device, threads: CudaBackend(offered, device)  # noqa: E731
+    return lambda: monkeypatch.setattr("qmoe_switch.model.make_backend", make)

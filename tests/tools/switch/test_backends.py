@@ -99,48 +99,20 @@ def test_backend_of_the_entry_point_is_taken(monkeypatch: pytest.MonkeyPatch) ->
     assert isinstance(make_backend("cuda", device=torch.device("cuda")), CudaBackend)
 
 
-class Uploaded:
-    """What the cuda backend would hold: here the decoded matrices."""
-
-    def __init__(self, encoded: Any, levels: Any, *, dtype: str, device: Any) -> None:
-        import numpy as np
-
-        from qmoecodec import decode
-        from qmoecodec.container.ternary import to_float
-
-        digits, values = decode(encoded), to_float(levels, dtype=dtype, to=np.float32)
-        dense = np.where(digits < 0, values[:, :, :1], np.where(digits > 0, values[:, :, 1:], 0)).astype(np.float32)
-        self.matrices = torch.from_numpy(dense).to(device)
-
-
-def grouped_matvec(x: Any, expert: Any, stack: Uploaded) -> Any:
-    assert x.dtype in (torch.bfloat16, torch.float16)
-    y = torch.einsum("nrc,nc->nr", stack.matrices[expert.clamp(min=0)], x.float())
-    return torch.where(expert[:, None] < 0, 0, y).to(x.dtype)
-
-
-def moe_mlp(x: Any, expert: Any, wi: Uploaded, wo: Uploaded) -> Any:
-    return grouped_matvec(torch.relu(grouped_matvec(x, expert, wi)), expert, wo)
-
-
 @pytest.mark.parametrize("act", ["relu", "gelu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_cuda_backend_is_asked_for_what_it_offers(
-    make_checkpoint: Callable[..., Path], tokens_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: str, dtype: str
+    make_checkpoint: Callable[..., Path], tokens_file: Path, tmp_path: Path, on_device: Callable[[], None], act: str, dtype: str
 ) -> None:
     """With a stand-in for the GPU's part: the same logits to bfloat16 rounding, drops included."""
-    from types import SimpleNamespace
-
     from qmoecodec.container import pack
 
     source = make_checkpoint(ternary=True, dense_act_fn=act, expert_capacity=2)
     pack(source, tmp_path / "packed")
-    ops = SimpleNamespace(grouped_matvec=grouped_matvec, moe_mlp=moe_mlp)
-    offered = SimpleNamespace(experts=SimpleNamespace(load=Uploaded), ops=ops)
     with qmoe_switch.load(source, capacity="per_sequence", dtype=dtype) as model:
         tokens = qmoe_switch.read_tokens(tokens_file, model.vocabulary, labels=True)
         expected = qmoe_switch.logits(model, tokens).float()
-    monkeypatch.setattr("qmoe_switch.model.make_backend", lambda *_, device, threads: CudaBackend(offered, device))
+    on_device()
     with qmoe_switch.load(tmp_path / "packed", capacity="per_sequence", dtype=dtype) as model:
         got = qmoe_switch.logits(model, tokens).float()
     assert float((got - expected).norm() / expected.norm()) < 0.02

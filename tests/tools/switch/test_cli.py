@@ -98,6 +98,7 @@ def test_generate_from_text(directory: Path) -> None:
         (("--prompt", "a", "--device", "cuda:99"), "CUDA"),
         (("--prompt", "a", "--device", "tpu"), "not a device"),
         (("--prompt", "a", "--backend", "cuda"), "the backend cuda does not run on cpu"),
+        (("--prompt", "w5", "--graph"), "cannot be captured in a CUDA graph: the model is on cpu"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(directory: Path, arguments: tuple[str, ...], message: str) -> None:
