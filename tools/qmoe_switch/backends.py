@@ -251,9 +251,9 @@ class CudaBackend:
         return run
 
     def _upload(self, stack: ExpertStack) -> Any:
-        group = stack.group
-        if group is None:
+        held = stack.compressed()
+        if held is None:
             raise BackendError(
                 f"the backend cuda runs compressed experts, and those of {stack.name} are not all compressed in one group"
             )
-        return self._offered.experts.load(group.encoded(), group.levels, dtype=group.dtype, device=self._device)
+        return self._offered.experts.load(held.encoded, held.levels, dtype=held.dtype, device=self._device)

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +20,8 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qmoecodec import container
+from qmoecodec.container.header import DTYPE_SIZES
+from qmoecodec.types import Encoded
 
 from .errors import SwitchError
 
@@ -36,6 +40,33 @@ class PackedMatrix(Protocol):
         """Decode to float32[rows, cols]."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Compressed:
+    """Consecutive experts of one group of a packed file, checked but not decoded.
+
+    levels : [experts, rows, 2]    low and high level in `dtype` (BF16 as uint16 bits)
+    dtype : "BF16", "F16", "F32" or "F64"
+    """
+
+    encoded: Encoded
+    levels: npt.NDArray[Any]
+    dtype: str
+
+    def part(self, first: int, end: int) -> Compressed:
+        """Return the experts first..end-1."""
+        e = self.encoded
+        offsets = e.code_offsets[first : end + 1]
+        encoded = Encoded(
+            shape=(end - first, *e.shape[1:]),
+            codes=e.codes[int(offsets[0]) : int(offsets[-1])],
+            code_offsets=offsets - offsets[0],
+            row_lengths=e.row_lengths[first:end],
+            dictionary_index=e.dictionary_index[first:end],
+            dictionaries=e.dictionaries,
+        )
+        return Compressed(encoded, self.levels[first:end], self.dtype)
+
+
 class ExpertStack(Protocol):
     """One projection, `wi` or `wo`, of all experts of one sparse layer."""
 
@@ -48,8 +79,11 @@ class ExpertStack(Protocol):
         """(experts, rows, cols)."""
 
     @property
-    def group(self) -> container.Group | None:
-        """The group of the packed file that holds all experts, in order; None where there is no such group."""
+    def n_bytes(self) -> int:
+        """Bytes of all experts as they are stored; no weights are read for it."""
+
+    def compressed(self) -> Compressed | None:
+        """Read all experts in compressed form; None where they are not all compressed in one group."""
 
     def packed(self, expert: int) -> PackedMatrix | None:
         """Return the expert in compressed form, None if it is stored as a plain tensor."""
@@ -155,26 +189,64 @@ class PlainCheckpoint:
         self._handles.clear()
         self._open.close()
 
+    def n_bytes(self, name: str) -> int:
+        """Return the bytes of a tensor, from the header alone."""
+        part = self._take(name, lambda handle: handle.get_slice(name))
+        shape: list[int] = part.get_shape()
+        return math.prod(shape) * DTYPE_SIZES[part.get_dtype()]
+
     def _read(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._take(name, lambda handle: handle.get_tensor(name))
+        return tensor
+
+    def _take(self, name: str, take: Callable[[Any], Any]) -> Any:
         file = self._files.get(name)
         if file is None:
             raise SwitchError(f"{self.directory}: tensor {name} is missing")
         try:
             if file not in self._handles:
                 self._handles[file] = self._open.enter_context(safe_open(file, framework="pt", device="cpu"))
-            tensor: torch.Tensor = self._handles[file].get_tensor(name)
+            return take(self._handles[file])
         except (OSError, SafetensorError) as error:
             raise SwitchError(f"{file}: {name} cannot be read ({error})") from None
-        return tensor
+
+
+class StackRange:
+    """The experts first..end-1 of a stack, numbered from 0."""
+
+    def __init__(self, stack: ExpertStack, first: int, end: int) -> None:
+        self.name = f"{stack.name} from expert {first} to {end - 1}"
+        self.shape = (end - first, *stack.shape[1:])
+        self._stack, self._first, self._end = stack, first, end
+
+    @property
+    def n_bytes(self) -> int:
+        return self._stack.n_bytes * self.shape[0] // self._stack.shape[0]
+
+    def compressed(self) -> Compressed | None:
+        whole = self._stack.compressed()
+        return None if whole is None else whole.part(self._first, self._end)
+
+    def packed(self, expert: int) -> PackedMatrix | None:
+        return self._stack.packed(self._first + expert)
+
+    def dense(self, expert: int) -> torch.Tensor:
+        return self._stack.dense(self._first + expert)
 
 
 class _PlainStack:
-    group = None
-
     def __init__(self, checkpoint: PlainCheckpoint, prefix: str, projection: str, shape: tuple[int, int, int]) -> None:
         self.name = f"{prefix}.{projection}"
         self.shape = shape
         self._checkpoint, self._prefix, self._projection = checkpoint, prefix, projection
+
+    @property
+    def n_bytes(self) -> int:
+        names = (expert_name(self._prefix, expert, self._projection) for expert in range(self.shape[0]))
+        return sum(self._checkpoint.n_bytes(name) for name in names)
+
+    def compressed(self) -> None:
+        return None
 
     def packed(self, expert: int) -> None:
         return None

@@ -30,7 +30,16 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 def _model_options(command: F) -> F:
     for option in reversed(
         (
-            click.option("--device", default="cpu", show_default=True, help="cpu or cuda."),
+            click.option(
+                "--device", default="cpu", show_default=True, help="cpu, cuda, or several with commas: cuda:0,cuda:1."
+            ),
+            click.option(
+                "--split",
+                type=click.Choice(["layers", "experts"]),
+                default="layers",
+                show_default=True,
+                help="What several devices share: runs of layers, or the experts of every layer.",
+            ),
             click.option(
                 "--backend",
                 type=click.Choice(["auto", "cpu", "cuda", "dense"]),

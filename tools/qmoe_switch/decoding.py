@@ -69,14 +69,16 @@ class Decoder:
         self._position += 1
 
 
-def capture(step: Callable[[], None]) -> Callable[[], None]:
-    """Capture a step in a CUDA graph and return what replays it; the step has run before, and does not run now.
+def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Capture a step on a device in a CUDA graph and return what replays it.
 
+    The step must have run before, for what is made at first use; it does not run now.
     Raises BackendError where something in the step cannot be captured.
     """
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        # A stream of this device: torch's own for captures belongs to the device of the first capture of all.
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
             step()
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]

@@ -54,7 +54,7 @@ def generate(model: SwitchModel, prompts: TokenSet, *, max_new_tokens: int = 64,
     steps, step = 1, decoder.step
     while steps < max_new_tokens and not bool(decoder.all_done):
         if is_captured and steps == 1:
-            step = capture(decoder.step)
+            step = capture(decoder.step, model.device)
         step()
         steps += 1
     rows = decoder.said[:, :steps].cpu().numpy()
@@ -63,6 +63,8 @@ def generate(model: SwitchModel, prompts: TokenSet, *, max_new_tokens: int = 64,
 
 def why_not_captured(model: SwitchModel) -> str | None:
     """Say what keeps a decoding step of the model from being captured in a CUDA graph; None if nothing does."""
+    if len(model.devices) > 1:
+        return "it runs on several devices"
     if model.device.type != "cuda":
         return f"the model is on {model.device}"
     if not model.backend.is_capturable:

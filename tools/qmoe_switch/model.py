@@ -8,6 +8,7 @@ time nor memory of loading grows with the number of experts.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,14 +19,16 @@ from transformers.activations import ACT2FN
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
 from .backends import Activation, ExpertBackend, ExpertLayer, make_backend
-from .checkpoint import PROJECTIONS, Checkpoint, open_checkpoint, read_config
-from .errors import BackendError, SwitchError
+from .checkpoint import PROJECTIONS, Checkpoint, ExpertStack, StackRange, open_checkpoint, read_config
+from .errors import SwitchError
+from .placement import SPLITS, Moves, Split, SplitLayer, parse_devices, place
 from .routing import CAPACITIES, Capacity, Top1Router
 from .tokens import Vocabulary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _HEAD = "lm_head.weight"
+_STACKS = ("encoder", "decoder")
 
 
 class SparseMLP(torch.nn.Module):
@@ -49,6 +52,9 @@ class SwitchModel:
 
     config : transformers' configuration of the checkpoint
     module : transformers' model, whose sparse parts are `SparseMLP`
+    device : where inputs and logits are, and all dense parts but the blocks'
+    devices : all that were asked for, `device` first
+    placement : the device of every block, by name
     """
 
     def __init__(
@@ -58,11 +64,12 @@ class SwitchModel:
         module: Any,
         backend: ExpertBackend,
         *,
-        device: torch.device,
+        devices: tuple[torch.device, ...],
+        placement: dict[str, torch.device],
         capacity: Capacity,
     ) -> None:
         self.checkpoint, self.config, self.module, self.backend = checkpoint, config, module, backend
-        self.device, self.capacity = device, capacity
+        self.device, self.devices, self.placement, self.capacity = devices[0], devices, placement, capacity
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -91,6 +98,7 @@ def load(
     directory: str | Path,
     *,
     device: str = "cpu",
+    split: Split = "layers",
     backend: str = "auto",
     capacity: Capacity = "none",
     dtype: str = "float32",
@@ -98,8 +106,10 @@ def load(
 ) -> SwitchModel:
     """Load a packed or plain checkpoint directory.
 
-    device : "cpu" or a CUDA device
-    backend : "cpu", "cuda", "dense", or "auto": `dense` for a plain checkpoint, that of the device for a packed one
+    device : "cpu", a CUDA device, or several with commas between them, such as "cuda:0,cuda:1"
+    split : what several devices share: "layers", runs of blocks with about as many bytes of experts each, or "experts",
+        ranges of the experts of every layer, with all dense parts on the first device
+    backend : "cpu", "cuda", "dense", or "auto": `dense` for a plain checkpoint, that of each device for a packed one
     capacity : "none", or "per_sequence" to drop tokens beyond `expert_capacity` as transformers >= 5.18 does
     dtype : what the dense parts are computed in: "float32", "bfloat16" or "float16"
     threads : experts that the backend `cpu` runs at once, by default the number of cores
@@ -111,18 +121,25 @@ def load(
         raise SwitchError(f"capacity is {capacity!r}, not one of {', '.join(CAPACITIES)}")
     if dtype not in DTYPES:
         raise SwitchError(f"dtype is {dtype!r}, not one of {', '.join(DTYPES)}")
-    place = _device(device)
+    if split not in SPLITS:
+        raise SwitchError(f"split is {split!r}, not one of {', '.join(SPLITS)}")
+    devices = parse_devices(device)
     checkpoint = open_checkpoint(directory)
     try:
-        if backend == "auto":
-            backend = place.type if checkpoint.is_packed else "dense"
-        made = make_backend(backend, device=place, threads=threads)
+        backends: dict[torch.device, ExpertBackend] = {}
+        for each in dict.fromkeys(devices):
+            name = backend if backend != "auto" else each.type if checkpoint.is_packed else "dense"
+            backends[each] = make_backend(name, device=each, threads=threads)
         config = parse_config(checkpoint.directory)
-        module = _build(checkpoint, config, made, capacity=capacity, dtype=DTYPES[dtype], device=place)
+        module, placement = _build(
+            checkpoint, config, backends, devices=devices, split=split, capacity=capacity, dtype=DTYPES[dtype]
+        )
     except BaseException:
         checkpoint.close()
         raise
-    return SwitchModel(checkpoint, config, module, made, device=place, capacity=capacity)
+    return SwitchModel(
+        checkpoint, config, module, backends[devices[0]], devices=devices, placement=placement, capacity=capacity
+    )
 
 
 def parse_config(directory: Path) -> Any:
@@ -144,27 +161,16 @@ def parse_config(directory: Path) -> Any:
     return config
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise BackendError(f"{name!r} is not a device: cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError(f"the device {name} was asked for, and torch finds no CUDA device (the CPU is not used instead)")
-    if device.type not in ("cpu", "cuda"):
-        raise BackendError(f"the runtime knows the devices cpu and cuda, not {name}")
-    return device
-
-
 def _build(
     checkpoint: Checkpoint,
     config: Any,
-    backend: ExpertBackend,
+    backends: Mapping[torch.device, ExpertBackend],
     *,
+    devices: tuple[torch.device, ...],
+    split: Split,
     capacity: Capacity,
     dtype: torch.dtype,
-    device: torch.device,
-) -> Any:
+) -> tuple[Any, dict[str, torch.device]]:
     small = copy.deepcopy(config)
     small.num_experts = 1
     with torch.device("meta"):
@@ -172,28 +178,63 @@ def _build(
     for each in module.modules():
         if hasattr(each, "config"):
             each.config.num_experts = config.num_experts
-    for name, part in list(module.named_modules()):
-        if isinstance(part, SwitchTransformersSparseMLP):
-            with torch.device("meta"):
-                router = Top1Router(config, capacity=capacity)
-            layer = _expert_layer(checkpoint, f"{name}.experts", config, backend)
-            module.set_submodule(name, SparseMLP(router, layer))
-    _fill(module, checkpoint, config, dtype=dtype, device=device)
+    sparse = [name for name, part in module.named_modules() if isinstance(part, SwitchTransformersSparseMLP)]
+    stacks = {name: _stacks(checkpoint, f"{name}.experts", config) for name in sparse}
+    blocks = [f"{stack}.block.{i}" for stack in _STACKS for i in range(len(module.get_submodule(stack).block))]
+    by_layer = devices if split == "layers" else devices[:1]
+    n_bytes = {_block_of(name): sum(s.n_bytes for s in stacks[name]) for name in sparse} if len(by_layer) > 1 else {}
+    placement = place(blocks, n_bytes, by_layer)
+    for name in sparse:
+        with torch.device("meta"):
+            router = Top1Router(config, capacity=capacity)
+        own = (placement[_block_of(name)],) if split == "layers" else devices
+        layer = _expert_layer(*stacks[name], ACT2FN[config.dense_act_fn], [(device, backends[device]) for device in own])
+        module.set_submodule(name, SparseMLP(router, layer))
+    _fill(module, checkpoint, config, dtype=dtype, device=lambda name: placement.get(_block_of(name), devices[0]))
     left = checkpoint.unclaimed()
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise SwitchError(f"{checkpoint.directory}: tensor {left[0]}{more} has no place in the model that config.json describes")
-    return module.eval().requires_grad_(False)
+    if len(by_layer) > 1:
+        moves = Moves()
+        for name in _STACKS:
+            stack = module.get_submodule(name)
+            parts = {stack.block[i]: placement[f"{name}.block.{i}"] for i in range(len(stack.block))}
+            moves.attach(stack, {**parts, stack.final_layer_norm: devices[0]})
+    return module.eval().requires_grad_(False), placement
 
 
-def _expert_layer(checkpoint: Checkpoint, prefix: str, config: Any, backend: ExpertBackend) -> ExpertLayer:
-    shapes = {"wi": (config.d_ff, config.d_model), "wo": (config.d_model, config.d_ff)}
-    stacks = {p: checkpoint.experts(prefix, p, (config.num_experts, *shapes[p])) for p in PROJECTIONS}
-    activation: Activation = ACT2FN[config.dense_act_fn]
-    return backend.layer(stacks["wi"], stacks["wo"], activation)
+def _block_of(name: str) -> str:
+    """Name the block that a part of the model belongs to."""
+    return ".".join(name.split(".")[:3])
 
 
-def _fill(module: Any, checkpoint: Checkpoint, config: Any, *, dtype: torch.dtype, device: torch.device) -> None:
+def _stacks(checkpoint: Checkpoint, prefix: str, config: Any) -> tuple[ExpertStack, ExpertStack]:
+    shapes = ((config.d_ff, config.d_model), (config.d_model, config.d_ff))
+    wi, wo = (checkpoint.experts(prefix, p, (config.num_experts, *shape)) for p, shape in zip(PROJECTIONS, shapes, strict=True))
+    return wi, wo
+
+
+def _expert_layer(
+    wi: ExpertStack, wo: ExpertStack, activation: Activation, backends: Sequence[tuple[torch.device, ExpertBackend]]
+) -> ExpertLayer:
+    """Give the experts to one backend, or a range of them to each of several."""
+    if len(backends) == 1:
+        return backends[0][1].layer(wi, wo, activation)
+    n, experts = len(backends), wi.shape[0]
+    if experts < n:
+        raise SwitchError(f"{experts} experts cannot be spread over {n} devices")
+    parts = []
+    for i, (device, backend) in enumerate(backends):
+        first, end = experts * i // n, experts * (i + 1) // n
+        layer = backend.layer(StackRange(wi, first, end), StackRange(wo, first, end), activation)
+        parts.append((first, end, device, layer))
+    return SplitLayer(parts)
+
+
+def _fill(
+    module: Any, checkpoint: Checkpoint, config: Any, *, dtype: torch.dtype, device: Callable[[str], torch.device]
+) -> None:
     """Give every parameter of the model its value, in `dtype` but for the router, which has its own."""
     shared = checkpoint.tensor("shared.weight", (config.vocab_size, config.d_model))
     tied = (*_EMBEDDINGS, _HEAD) if config.tie_word_embeddings else ()
@@ -209,7 +250,7 @@ def _fill(module: Any, checkpoint: Checkpoint, config: Any, *, dtype: torch.dtyp
         part = module.get_submodule(owner)
         keep = isinstance(module.get_submodule(owner.rpartition(".")[0]), Top1Router)
         value = shared if name == "shared.weight" else checkpoint.tensor(name, tuple(parameter.shape))
-        value = value.to(device=device, dtype=parameter.dtype if keep else dtype).contiguous()
+        value = value.to(device=device(name), dtype=parameter.dtype if keep else dtype).contiguous()
         setattr(part, leaf, torch.nn.Parameter(value, requires_grad=False))
     for name in copies:
         module.get_submodule(name.rpartition(".")[0]).weight = module.shared.weight

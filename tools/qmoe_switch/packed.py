@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ import torch
 
 from qmoecodec import container
 from qmoecodec.codec import matvec_rows
+from qmoecodec.container.header import DTYPE_SIZES
 from qmoecodec.container.ternary import fill_rows
 from qmoecodec.errors import FormatError
 
-from .checkpoint import ExpertStack, check_tensor, expert_name
+from .checkpoint import Compressed, ExpertStack, check_tensor, expert_name
 from .errors import SwitchError
 
 #: Experts of one stack whose row tables are kept (about 20 bytes a row; the codewords stay in the mapped file).
@@ -89,6 +91,11 @@ class PackedCheckpoint:
             self._unclaimed.discard(template)
         return stack
 
+    def n_bytes(self, name: str) -> int:
+        """Return the bytes of a plain tensor, from the header alone."""
+        tensors = self._file.tensors
+        return math.prod(tensors.shape(name)) * DTYPE_SIZES[tensors.dtype_name(name)]
+
     def unclaimed(self) -> list[str]:
         """Name what nobody has asked for; of experts beyond those asked for, the template of their names."""
         return sorted(self._unclaimed)
@@ -150,10 +157,16 @@ class _PackedStack:
         self._ranges.sort(key=lambda item: item[0])
 
     @property
-    def group(self) -> container.Group | None:
-        if len(self._ranges) == 1 and self._ranges[0][:2] == (0, self.shape[0]):
-            return self._ranges[0][3]
-        return None
+    def n_bytes(self) -> int:
+        groups = {group.name: group for *_, group in self._ranges}.values()
+        plain = (expert_name(self._prefix, expert, self._projection) for expert in self.numbers_not_in_groups())
+        return sum(group.data.n_bytes for group in groups) + sum(self._checkpoint.n_bytes(name) for name in plain)
+
+    def compressed(self) -> Compressed | None:
+        if len(self._ranges) != 1 or self._ranges[0][:2] != (0, self.shape[0]):
+            return None
+        group = self._ranges[0][3]
+        return Compressed(group.encoded(), group.levels, group.dtype)
 
     def numbers_not_in_groups(self) -> Iterator[int]:
         """Yield the experts that can only be plain tensors."""

@@ -22,12 +22,17 @@ from qmoe_switch.backends import CpuBackend, CudaBackend, DenseBackend, by_exper
 class Stack:
     """Plain matrices, which note what was asked for."""
 
-    group = None
-
     def __init__(self, experts: int, rows: int, cols: int, seed: int) -> None:
         self.name, self.shape = "stack", (experts, rows, cols)
         self.matrices = torch.randn(experts, rows, cols, generator=torch.Generator().manual_seed(seed))
         self.read: list[int] = []
+
+    @property
+    def n_bytes(self) -> int:
+        return self.matrices.nbytes
+
+    def compressed(self) -> None:
+        return None
 
     def packed(self, expert: int) -> None:
         return None
@@ -156,19 +161,33 @@ def test_an_error_in_one_expert_ends_the_others() -> None:
     assert Slow.running == 0
 
 
-def test_a_stack_gives_its_group(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """Backends that upload whole stacks take the group of the file; a plain checkpoint has none."""
-    from qmoe_switch.checkpoint import open_checkpoint
+def test_a_stack_gives_what_is_uploaded(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Backends that upload whole stacks take the group of the file, or a part of it; a plain checkpoint has none."""
+    from qmoe_switch.checkpoint import StackRange, open_checkpoint
+    from qmoecodec import decode
     from qmoecodec.container import pack
 
-    source = make_checkpoint(ternary=True)
+    source = make_checkpoint(ternary=True, num_experts=5)
     pack(source, tmp_path / "packed")
     prefix = "encoder.block.1.layer.1.mlp.experts"
     plain, packed = open_checkpoint(source), open_checkpoint(tmp_path / "packed")
-    assert plain.experts(prefix, "wi", (3, 40, 24)).group is None
-    group = packed.experts(prefix, "wi", (3, 40, 24)).group
-    assert group is not None and (group.name, group.shape) == (f"{prefix}.wi", (3, 40, 24))
-    assert packed.experts(prefix, "wi", (2, 40, 24)).group is None
+    dense = plain.experts(prefix, "wi", (5, 40, 24))
+    assert dense.compressed() is None and dense.n_bytes == 5 * 40 * 24 * 2
+    assert StackRange(dense, 1, 3).compressed() is None and StackRange(dense, 1, 3).n_bytes == 2 * 40 * 24 * 2
+    assert torch.equal(StackRange(dense, 1, 3).dense(1), dense.dense(2))
+    stack = packed.experts(prefix, "wi", (5, 40, 24))
+    whole = stack.compressed()
+    assert whole is not None and (whole.encoded.shape, whole.dtype) == ((5, 40, 24), "BF16")
+    assert whole.encoded.codes.nbytes < stack.n_bytes < dense.n_bytes
+    for first, end in ((0, 5), (0, 2), (2, 3), (3, 5)):
+        some = StackRange(stack, first, end)
+        part = some.compressed()
+        assert part is not None and part.encoded.shape == some.shape == (end - first, 40, 24)
+        assert (decode(part.encoded) == decode(whole.encoded)[first:end]).all()
+        assert (part.levels == whole.levels[first:end]).all()
+        one = some.packed(0)
+        assert one is not None and torch.equal(torch.from_numpy(one.matrix()), some.dense(0).float())
+    assert packed.experts(prefix, "wi", (4, 40, 24)).compressed() is None
     plain.close()
     packed.close()
 

@@ -154,6 +154,83 @@ def test_decoded_experts_are_those_of_the_plain_checkpoint(pair: tuple[Path, Pat
         torch.testing.assert_close(qmoe_switch.logits(decoded, tokens), qmoe_switch.logits(plain, tokens))
 
 
+def check_spread(path: Path, tokens_file: Path, device: str, split: Any, dtype: str) -> None:
+    """Results do not depend on the devices, but for the rounding of those that compute otherwise."""
+    capacity = "per_sequence"
+    with (
+        qmoe_switch.load(path, device="cuda", dtype=dtype, capacity=capacity) as one,
+        qmoe_switch.load(path, device=device, split=split, dtype=dtype, capacity=capacity) as several,
+    ):
+        asked = [torch.device(name) for name in device.split(",")]
+        assert several.devices == tuple(asked)
+        if split == "layers":
+            assert set(several.placement.values()) == set(asked)
+        for name, place in several.placement.items():
+            held = {parameter.device for parameter in several.module.get_submodule(name).parameters()}
+            assert held == {place if split == "layers" else asked[0]}
+        tokens = qmoe_switch.read_tokens(tokens_file, one.vocabulary, labels=True)
+        got, expected = qmoe_switch.logits(several, tokens), qmoe_switch.logits(one, tokens)
+        assert got.device == asked[0]
+        assert distance(got, expected) < (1e-5 if "cpu" not in device else 0.02)
+        assert qmoe_switch.evaluate(several, tokens).loss == pytest.approx(qmoe_switch.evaluate(one, tokens).loss, abs=0.02)
+        models = (several, one)
+        generated = [qmoe_switch.generate(model, tokens, max_new_tokens=12, graph=False) for model in models]
+        check_same_tokens(models, generated, tokens, slack=ROUNDING[dtype])
+        with pytest.raises(BackendError, match="cannot be captured in a CUDA graph: it runs on several devices"):
+            qmoe_switch.generate(several, tokens, graph=True)
+
+
+@pytest.fixture
+def deep(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Path:
+    """A packed checkpoint with five sparse layers."""
+    source = make_checkpoint(
+        ternary=True, num_layers=4, num_decoder_layers=3, num_sparse_decoder_layers=3, num_sparse_encoder_layers=2,
+        num_experts=5, d_ff=48, expert_capacity=3,
+    )  # fmt: skip
+    pack(source, tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+@pytest.mark.parametrize("split", ["layers", "experts"])
+@pytest.mark.parametrize("device", ["cuda:0,cpu", "cpu,cuda:0"])
+def test_cpu_and_gpu_together(deep: Path, tokens_file: Path, device: str, split: str) -> None:
+    check_spread(deep, tokens_file, device, split, "float32")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("split", ["layers", "experts"])
+@pytest.mark.parametrize("device", ["cuda:0,cuda:1", "cuda:1,cuda:0,cuda:1"])
+def test_several_gpus(deep: Path, tokens_file: Path, device: str, split: str, dtype: str) -> None:
+    check_spread(deep, tokens_file, device, split, dtype)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_compressed_experts_are_where_they_belong(deep: Path) -> None:
+    before = [torch.cuda.memory_allocated(i) for i in range(2)]
+    with qmoe_switch.load(deep, device="cuda:0,cuda:1", split="experts") as model:
+        layers = [part._experts for part in model.module.modules() if hasattr(part, "_experts")]
+        assert [[(first, end, device.index) for first, end, device, _ in layer._parts] for layer in layers] == [
+            [(0, 2, 0), (2, 5, 1)]
+        ] * 5
+        grown = [torch.cuda.memory_allocated(i) - before[i] for i in range(2)]
+        assert grown[0] > 0 and grown[1] > 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_graph_on_a_device_that_is_not_the_current_one(deep: Path, tokens_file: Path) -> None:
+    with qmoe_switch.load(deep, device="cuda:0") as first, qmoe_switch.load(deep, device="cuda:1") as second:
+        assert torch.cuda.current_device() == 0
+        prompts = qmoe_switch.read_tokens(tokens_file, first.vocabulary, labels=False)
+        rows = [
+            [row.tolist() for row in qmoe_switch.generate(model, prompts, max_new_tokens=9, graph=graph).tokens]
+            for model in (first, second, first)
+            for graph in (True, False)
+        ]
+        assert torch.cuda.current_device() == 0
+    assert all(each == rows[0] for each in rows)
+
+
 def test_dropped_tokens_are_those_of_the_cpu(make_checkpoint: MakeCheckpoint, tokens_file: Path, tmp_path: Path) -> None:
     source = make_checkpoint(ternary=True, expert_capacity=2, num_sparse_encoder_layers=2)
     pack(source, tmp_path / "packed")
