@@ -117,12 +117,6 @@ def load(
     Raises SwitchError for a checkpoint that cannot be run, BackendError for a backend that is not there, FormatError
     for damaged files.
     """
-    if capacity not in CAPACITIES:
-        raise SwitchError(f"capacity is {capacity!r}, not one of {', '.join(CAPACITIES)}")
-    if dtype not in DTYPES:
-        raise SwitchError(f"dtype is {dtype!r}, not one of {', '.join(DTYPES)}")
-    if split not in SPLITS:
-        raise SwitchError(f"split is {split!r}, not one of {', '.join(SPLITS)}")
     devices = parse_devices(device)
     checkpoint = open_checkpoint(directory)
     try:
@@ -130,13 +124,29 @@ def load(
         for each in dict.fromkeys(devices):
             name = backend if backend != "auto" else each.type if checkpoint.is_packed else "dense"
             backends[each] = make_backend(name, device=each, threads=threads)
-        config = parse_config(checkpoint.directory)
-        module, placement = _build(
-            checkpoint, config, backends, devices=devices, split=split, capacity=capacity, dtype=DTYPES[dtype]
-        )
+        return assemble(checkpoint, devices, backends, split=split, capacity=capacity, dtype=dtype)
     except BaseException:
         checkpoint.close()
         raise
+
+
+def assemble(
+    checkpoint: Checkpoint,
+    devices: tuple[torch.device, ...],
+    backends: Mapping[torch.device, ExpertBackend],
+    *,
+    split: Split = "layers",
+    capacity: Capacity = "none",
+    dtype: str = "float32",
+) -> SwitchModel:
+    """Make a model of an opened checkpoint, which stays open; settings and errors as for `load`."""
+    for what, value, known in (("capacity", capacity, CAPACITIES), ("dtype", dtype, DTYPES), ("split", split, SPLITS)):
+        if value not in known:
+            raise SwitchError(f"{what} is {value!r}, not one of {', '.join(known)}")
+    config = parse_config(checkpoint.directory)
+    module, placement = _build(
+        checkpoint, config, backends, devices=devices, split=split, capacity=capacity, dtype=DTYPES[dtype]
+    )
     return SwitchModel(
         checkpoint, config, module, backends[devices[0]], devices=devices, placement=placement, capacity=capacity
     )

@@ -155,7 +155,7 @@ def test_decoded_experts_are_those_of_the_plain_checkpoint(pair: tuple[Path, Pat
 
 
 def check_spread(path: Path, tokens_file: Path, device: str, split: Any, dtype: str) -> None:
-    """Results do not depend on the devices, but for the rounding of those that compute otherwise."""
+    """Results do not depend on the devices, but for rounding."""
     capacity = "per_sequence"
     with (
         qmoe_switch.load(path, device="cuda", dtype=dtype, capacity=capacity) as one,
@@ -171,7 +171,7 @@ def check_spread(path: Path, tokens_file: Path, device: str, split: Any, dtype: 
         tokens = qmoe_switch.read_tokens(tokens_file, one.vocabulary, labels=True)
         got, expected = qmoe_switch.logits(several, tokens), qmoe_switch.logits(one, tokens)
         assert got.device == asked[0]
-        assert distance(got, expected) < (1e-5 if "cpu" not in device else 0.02)
+        assert distance(got, expected) < 0.02
         assert qmoe_switch.evaluate(several, tokens).loss == pytest.approx(qmoe_switch.evaluate(one, tokens).loss, abs=0.02)
         models = (several, one)
         generated = [qmoe_switch.generate(model, tokens, max_new_tokens=12, graph=False) for model in models]
@@ -222,13 +222,13 @@ def test_graph_on_a_device_that_is_not_the_current_one(deep: Path, tokens_file: 
     with qmoe_switch.load(deep, device="cuda:0") as first, qmoe_switch.load(deep, device="cuda:1") as second:
         assert torch.cuda.current_device() == 0
         prompts = qmoe_switch.read_tokens(tokens_file, first.vocabulary, labels=False)
-        rows = [
-            [row.tolist() for row in qmoe_switch.generate(model, prompts, max_new_tokens=9, graph=graph).tokens]
-            for model in (first, second, first)
-            for graph in (True, False)
-        ]
+        for graph in (True, False):
+            rows = [
+                [row.tolist() for row in qmoe_switch.generate(model, prompts, max_new_tokens=9, graph=graph).tokens]
+                for model in (first, second, first)
+            ]
+            assert rows[0] == rows[1] == rows[2]
         assert torch.cuda.current_device() == 0
-    assert all(each == rows[0] for each in rows)
 
 
 def test_dropped_tokens_are_those_of_the_cpu(make_checkpoint: MakeCheckpoint, tokens_file: Path, tmp_path: Path) -> None:
