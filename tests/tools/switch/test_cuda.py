@@ -182,10 +182,10 @@ def check_spread(path: Path, tokens_file: Path, device: str, split: Any, dtype: 
 
 @pytest.fixture
 def deep(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Path:
-    """A packed checkpoint with five sparse layers."""
+    """A packed checkpoint with five sparse layers; with this seed no token is so near a tie that rounding drops another."""
     source = make_checkpoint(
         ternary=True, num_layers=4, num_decoder_layers=3, num_sparse_decoder_layers=3, num_sparse_encoder_layers=2,
-        num_experts=5, d_ff=48, expert_capacity=3,
+        num_experts=5, d_ff=48, expert_capacity=3, seed=1,
     )  # fmt: skip
     pack(source, tmp_path / "packed")
     return tmp_path / "packed"
