@@ -92,9 +92,10 @@ bench: $(STAMP)  ## speed of the codec on the CPU, sizes, and peak memory
 	@$(BIN)/python tools/bench/rates.py
 	@$(BIN)/python tools/bench/memory.py
 
-bench-gpu: $(STAMP)  ## speed of the kernels on the GPU, and of a model of 1.6 trillion parameters
+bench-gpu: $(STAMP)  ## speed of the kernels on the GPU, of a model of 1.6 trillion parameters, and of the runtime
 	@$(BIN)/python tools/bench/gpu.py
 	@$(BIN)/python tools/bench/headline.py
+	@$(BIN)/python tools/bench/runtime_gpu.py
 
 conformance: $(STAMP)  ## the conformance vectors against the Python codec
 	$(BIN)/python conformance/run.py
