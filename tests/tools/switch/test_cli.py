@@ -92,10 +92,19 @@ def test_generate_from_text(directory: Path) -> None:
     assert run(generate, *arguments).stdout.splitlines() == [s["text"] for s in report["sequences"]]
 
 
+@pytest.mark.parametrize("split", ["layers", "experts"])
+def test_several_devices_give_what_one_gives(directory: Path, tokens_file: Path, split: str) -> None:
+    arguments = (directory, "--tokens", tokens_file, "--max-new-tokens", 5)
+    several = run(generate, *arguments, "--device", "cpu,cpu", "--split", split, "--no-graph")
+    assert several.exit_code == 0, several.output
+    assert several.stdout == run(generate, *arguments).stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--prompt", "a", "--device", "cuda:99"), "CUDA"),
+        (("--prompt", "a", "--device", "cpu,cpu,cpu"), "2 sparse layers cannot be spread over 3 devices"),
         (("--prompt", "a", "--device", "tpu"), "not a device"),
         (("--prompt", "a", "--backend", "cuda"), "the backend cuda does not run on cpu"),
         (("--prompt", "w5", "--graph"), "cannot be captured in a CUDA graph: the model is on cpu"),
