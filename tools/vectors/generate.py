@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "spec")]
 
 import reference_decoder  # type: ignore[import-not-found, unused-ignore]  # noqa: E402
 
-from vectors import invalid_files, invalid_groups, invalid_metadata, invalid_text, parts, valid, valid_files  # noqa: E402
+from vectors import invalid_files, invalid_groups, invalid_metadata, invalid_order, invalid_text, parts, valid, valid_files  # noqa: E402
 from vectors.draft import Tensor, edits  # noqa: E402
 from vectors.parts import Vector  # noqa: E402
 
@@ -149,6 +149,10 @@ def committed() -> Iterator[Vector]:
         invalid_files.noncanonical,
         invalid_files.limits,
         invalid_files.unused,
+        invalid_order.rows,
+        invalid_order.structure,
+        invalid_order.directories,
+        invalid_order.dictionaries,
     ):
         yield from fixed()
 
