@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -65,20 +65,27 @@ def encode_rows(
 
 
 def starts_of_rows(
-    n_bytes: int, row_lengths: UInt32Array, *, cols: int, dictionary: Dictionary
+    n_bytes: int, row_lengths: npt.NDArray[Any], *, cols: int, dictionary: Dictionary
 ) -> npt.NDArray[np.int64]:
-    """Return the byte where each row begins, and the end, after the checks that make decoding safe to start.
+    """Return the byte where each row of an expert begins, and the end, after the checks that make decoding safe to start.
 
+    row_lengths : uint32[rows] or int64[rows]    of the whole expert: so is the bound of spec §6.4
+    Returns int64[rows + 1].
     Raises FormatError: row_lengths (they do not add up to n_bytes), row_underrun (the bound of spec §6.4).
     """
     lengths = row_lengths.astype(np.int64)
-    starts = np.zeros(len(lengths) + 1, np.int64)
+    rows = len(lengths)
+    # A codeword takes at least one byte: no row can have more of them than there are bytes.
+    if rows and int(lengths.max()) > n_bytes:
+        raise FormatError("row_lengths", "a row has more codewords than its expert bytes", row=int(np.argmax(lengths)))
+    starts = np.zeros(rows + 1, np.int64)
     np.cumsum((lengths * dictionary.code_bits + 7) // 8, out=starts[1:])
-    if int(starts[-1]) != n_bytes:
-        raise FormatError("row_lengths", f"rows take {int(starts[-1])} bytes, not {n_bytes}")
+    # Lengths are below 2^48 or so and rows below 2^31: a sum that wraps is far from the truth in floating point.
+    if int(starts[-1]) != n_bytes or float(lengths.sum(dtype=np.float64)) > 2.0**62:
+        raise FormatError("row_lengths", f"the rows take {int(starts[-1])} bytes, the expert has {n_bytes}")
     n_codewords = int(lengths.sum())
-    if len(lengths) * cols > dictionary.max_phrase * n_codewords:
-        raise FormatError("row_underrun", f"{n_codewords} codewords cannot give {len(lengths)} x {cols} digits")
+    if rows * cols > dictionary.max_phrase * n_codewords:
+        raise FormatError("row_underrun", f"{n_codewords} codewords cannot give {rows} x {cols} digits")
     return starts
 
 
@@ -110,6 +117,27 @@ def decode_rows(
     Raises FormatError: row_lengths, row_padding, unused_codeword, row_overrun, row_underrun, overrun_nonzero.
     """
     starts = starts_of_rows(len(codes), row_lengths, cols=cols, dictionary=dictionary)
+    return decode_checked(codes, starts, row_lengths, cols=cols, dictionary=dictionary, backend=backend, out=out)
+
+
+def decode_checked(
+    codes: UInt8Array,
+    starts: npt.NDArray[np.int64],
+    row_lengths: UInt32Array,
+    *,
+    cols: int,
+    dictionary: Dictionary,
+    backend: RowBackend = "numba",
+    out: Int8Array | None = None,
+) -> Int8Array:
+    """Expand any rows of an expert that `starts_of_rows` has checked (spec §5.2).
+
+    codes : uint8[n_bytes]    of the expert
+    starts : int64[rows + 1]    byte where each of these rows begins, and the end of the last
+    row_lengths : uint32[rows]    of these rows
+    out : int8[rows, cols]    written and returned where given
+    Returns int8[rows, cols]. Raises FormatError: row_padding, unused_codeword, row_overrun, row_underrun, overrun_nonzero.
+    """
     rows = len(row_lengths)
     if out is None:
         out = np.empty((rows, cols), np.int8)

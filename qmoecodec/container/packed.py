@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from qmoecodec import dictionary as dictionaries
+from qmoecodec.codec.rows import starts_of_rows
 from qmoecodec.container.files import Chunk, read_at
 from qmoecodec.container.header import DTYPE_SIZES, Header, TensorInfo, parse_header, read_header_bytes
 from qmoecodec.container.metadata import HEADER_CRC32, METADATA_KEY, GroupInfo, Metadata, from_text
@@ -294,19 +295,7 @@ class GroupData:
                 raise FormatError("checksum")
         stored = np.frombuffer(lengths_bytes, _ROW_LENGTH_TYPES[self.row_length_dtype])
         lengths = stored.astype(np.int64) + self.info.row_length_base
-        # A codeword has at least one byte: no row can have more of them than the expert has bytes.
-        if rows and int(lengths.max()) > end - begin:
-            raise FormatError("row_lengths", "a row has more codewords than its expert bytes",
-                              row=int(np.argmax(lengths)))  # fmt: skip
-        row_starts = np.zeros(rows + 1, np.int64)
-        np.cumsum((lengths * self.info.code_bits + 7) // 8, out=row_starts[1:])
-        # Lengths are below 2^48 or so and rows below 2^31: a sum that wraps is far from the truth in floating point.
-        if int(row_starts[-1]) != end - begin or float(lengths.sum(dtype=np.float64)) > 2.0**62:
-            message = f"the rows take {int(row_starts[-1])} bytes, the expert has {end - begin}"
-            raise FormatError("row_lengths", message)
-        if rows * cols > dictionary.max_phrase * int(lengths.sum()):
-            message = f"{int(lengths.sum())} codewords cannot give {rows} x {cols} digits"
-            raise FormatError("row_underrun", message)
+        row_starts = starts_of_rows(end - begin, lengths, cols=cols, dictionary=dictionary)
         levels = np.frombuffer(levels_bytes, self.bits_type).reshape(rows, 2)
         if expert not in self._checked:
             check_levels(levels, dtype=self.info.dtype)

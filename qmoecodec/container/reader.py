@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qmoecodec import codec
-from qmoecodec.codec.rows import explain
+from qmoecodec.codec.rows import decode_checked
 from qmoecodec.container.metadata import GroupInfo
 from qmoecodec.container.packed import ExpertData, GroupData, PackedFile
 from qmoecodec.container.shards import find_shards
@@ -38,27 +37,15 @@ def decode_expert(group: GroupData, expert: int, parts: ExpertData, begin: int, 
     Raises FormatError: the reasons of spec §5, level_zero; with group, expert and row.
     """
     group.file.check_size()
-    cols = group.info.shape[2]
-    starts = parts.row_starts
-    codes = parts.codes[int(starts[begin]) : int(starts[end])]
     try:
-        digits = codec.decode_rows(codes, parts.row_lengths[begin:end], cols=cols, dictionary=parts.dictionary)
+        digits = decode_checked(parts.codes, parts.row_starts[begin : end + 1], parts.row_lengths[begin:end],
+                                cols=group.info.shape[2], dictionary=parts.dictionary)  # fmt: skip
         check_zero_levels(digits, parts.levels[begin:end])
-    except FormatError as first:
-        error = first
-        where: dict[str, object] = {"group": group.info.name, "expert": expert}
-        row = error.where.get("row")
-        if error.reason == "row_underrun" and row is None:
-            # The bound of spec §6.4 is on whole experts, and was checked; of these rows it says only that one is wrong.
-            if end - begin > 1:
-                for row in range(begin, end):
-                    decode_expert(group, expert, parts, row, row + 1)
-            n_codewords = int(parts.row_lengths[begin])
-            error = explain(codes, 0, n_codewords, cols=cols, dictionary=parts.dictionary, row=0)
-            row = 0
-        if isinstance(row, int):
-            error.where["row"] = begin + row
-        raise error.at(**where) from None
+    except FormatError as error:
+        row = error.where["row"]
+        assert isinstance(row, int)
+        error.where["row"] = begin + row
+        raise error.at(group=group.info.name, expert=expert) from None
     return digits
 
 

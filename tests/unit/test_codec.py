@@ -50,7 +50,7 @@ def test_state_follows_an_incomplete_codeword() -> None:
         ([3, 3, 3], [3, 0], 1, "row_overrun", 0),
         ([3, 3], [2, 0], 1, "row_overrun", 0),
         ([3], [1, 0], 1, "row_underrun", 1),
-        ([3], [2], 1, "row_lengths", None),
+        ([3], [2], 1, "row_lengths", 0),
         ([3, 3], [1], 1, "row_lengths", None),
     ],
 )
