@@ -407,19 +407,27 @@ def run_file(data: bytes) -> None:
         os.close(fd)
 
 
-def compare(path: Path, restored: native.Restored) -> None:
+def unpacked(path: Path) -> native.Restored:
+    """Return what the package restores."""
     target = shard_folder().parent / "restored.safetensors"
     qmoecodec.unpack(path, target, overwrite=True)
     content = target.read_bytes()
     n = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + n])
     header.pop("__metadata__", None)
-    same("names", sorted(header), sorted(restored))
+    found = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        here = (entry["dtype"], entry["shape"], content[8 + n + begin : 8 + n + end])
-        if here != restored[name]:
-            raise Finding(f"tensor {name!r} differs: {here[:2]} here, {restored[name][:2]} there")
+        found[name] = (entry["dtype"], entry["shape"], content[8 + n + begin : 8 + n + end])
+    return found
+
+
+def compare(path: Path, restored: native.Restored) -> None:
+    here = unpacked(path)
+    same("names", sorted(here), sorted(restored))
+    for name in here:
+        if here[name] != restored[name]:
+            raise Finding(f"tensor {name!r} differs: {here[name][:2]} here, {restored[name][:2]} there")
 
 
 def seeds_file() -> Iterator[bytes]:
