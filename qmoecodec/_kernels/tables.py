@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Final
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +22,37 @@ STEP_SECOND_SHIFT: Final = 48
 
 #: A phrase with more nonzero digits than this is copied digit by digit instead of scattered.
 MAX_SCATTER: Final = 3
+
+
+#: Bytes of tables of one sort that are kept, for the dictionaries used last; those of one are kept whatever they take.
+KEPT_BYTES: Final = 32 << 20
+
+Tables = TypeVar("Tables")
+
+
+def kept(build: Callable[[Dictionary], Tables]) -> Callable[[Dictionary], Tables]:
+    """Keep what a function has built, up to KEPT_BYTES: a file may hold 256 dictionaries of some bytes each."""
+    found: OrderedDict[Dictionary, tuple[Tables, int]] = OrderedDict()
+    lock = threading.Lock()
+
+    @wraps(build)
+    def look_up(dictionary: Dictionary) -> Tables:
+        with lock:
+            known = found.get(dictionary)
+            if known is not None:
+                found.move_to_end(dictionary)
+                return known[0]
+        tables = build(dictionary)
+        parts: list[Any] = [getattr(tables, field.name) for field in fields(cast(Any, tables))]
+        n_bytes = sum(part.nbytes for part in parts if isinstance(part, np.ndarray))
+        with lock:
+            found[dictionary] = tables, n_bytes
+            total = sum(size for _, size in found.values())
+            while total > KEPT_BYTES and len(found) > 1:
+                total -= found.popitem(last=False)[1][1]
+        return tables
+
+    return look_up
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,17 +124,19 @@ def _build_trie(lengths: Any, starts: Any, digits: Any, children: Any, codeword:
     return n_nodes
 
 
-@lru_cache(maxsize=64)
+@kept
 def trie(dictionary: Dictionary) -> Trie:
     """Return the parse trees of a dictionary as arrays."""
     size = len(dictionary.digits) + dictionary.n_states
+    if dictionary.kind == "aivf":  # each node below the roots has a symbol of two bits
+        size = min(size, 4 * len(dictionary.data) + dictionary.n_states)
     children = np.full((size, 3), -1, np.int32)
     codeword = np.full(size, -1, np.int32)
     n = _build_trie(dictionary.lengths, dictionary.starts, dictionary.digits, children, codeword)
     return Trie(children[:n].copy(), codeword[:n].copy())
 
 
-@lru_cache(maxsize=64)
+@kept
 def encode_tables(dictionary: Dictionary) -> EncodeTables:
     """Return the automaton of an aivf dictionary (spec §5.1)."""
     nodes = trie(dictionary)
@@ -167,7 +203,7 @@ def _fill_decode_tables(
     return most
 
 
-@lru_cache(maxsize=64)
+@kept
 def decode_tables(dictionary: Dictionary) -> DecodeTables:
     """Return the decoder's tables of a dictionary."""
     n = dictionary.lengths.size

@@ -34,13 +34,23 @@ def parse(data: bytes, *, kind: DictionaryKind, code_bits: int, threshold: int) 
 
 
 def _assemble(
-    kind: DictionaryKind, code_bits: int, threshold: int, phrases: Sequence[Sequence[bytes]], data: bytes
+    kind: DictionaryKind, code_bits: int, threshold: int, trees: Sequence[dict[int, list[bytes]]], data: bytes
 ) -> Dictionary:
-    """Lay phrases[state][codeword] (b"" where unused) out as arrays."""
-    lengths = np.array([[len(p) for p in state] for state in phrases], np.uint8)
-    ends = np.cumsum(lengths.reshape(-1), dtype=np.uint32).reshape(lengths.shape)
-    digits = np.frombuffer(b"".join(p for state in phrases for p in state), np.uint8)
-    starts = np.ascontiguousarray(ends - lengths)
+    """Lay phrases out as arrays; trees[state] maps the first of some codewords to their phrases (b"" where unused).
+
+    The memory for codewords between them is not touched: a small dictionary of 16 bits stays small.
+    """
+    lengths = np.zeros((len(trees), 1 << code_bits), np.uint8)
+    starts = np.zeros(lengths.shape, np.uint32)
+    at = 0
+    for state, tree in enumerate(trees):
+        for first, phrases in tree.items():
+            n = np.fromiter(map(len, phrases), np.uint8, len(phrases))
+            ends = at + np.cumsum(n, dtype=np.uint32)
+            lengths[state, first : first + len(n)] = n
+            starts[state, first : first + len(n)] = ends - n
+            at = int(ends[-1]) if len(n) else at
+    digits = np.frombuffer(b"".join(p for tree in trees for phrases in tree.values() for p in phrases), np.uint8)
     for array in (lengths, starts, digits):
         array.setflags(write=False)
     return Dictionary(kind, code_bits, threshold, lengths, starts, digits, data)
@@ -49,10 +59,10 @@ def _assemble(
 def _parse_aivf(data: bytes, code_bits: int, threshold: int) -> Dictionary:
     n_codewords = 1 << code_bits
     at = 0  # node symbols read
-    phrases: list[list[bytes]] = []
+    trees: list[dict[int, list[bytes]]] = []
     for state in range(2):
-        tree = [b""] * n_codewords
-        n_leaves = n_incomplete = 0
+        leaves: list[bytes] = []
+        incomplete: list[bytes] = []
         # Strings whose node symbol is still to come; the last one is next in preorder.
         pending = [b"\x02", b"\x01", b"\x00"][: 3 - state]
         while pending:
@@ -62,16 +72,14 @@ def _parse_aivf(data: bytes, code_bits: int, threshold: int) -> Dictionary:
             symbol = data[at // 4] >> (2 * (at % 4)) & 3
             at += 1
             if symbol == LEAF:
-                if n_leaves == threshold:
+                if len(leaves) == threshold:
                     raise FormatError("dictionary_threshold", f"tree {state} has more than {threshold} leaves")
-                tree[n_leaves] = phrase
-                n_leaves += 1
+                leaves.append(phrase)
                 continue
             if symbol == INCOMPLETE:
-                if n_incomplete == n_codewords - threshold:
-                    raise FormatError("dictionary_threshold", f"tree {state} has more than {n_incomplete} incomplete nodes")
-                tree[threshold + n_incomplete] = phrase
-                n_incomplete += 1
+                if len(incomplete) == n_codewords - threshold:
+                    raise FormatError("dictionary_threshold", f"tree {state} has more than {len(incomplete)} incomplete nodes")
+                incomplete.append(phrase)
                 children: tuple[bytes, ...] = (b"\x00",)
             elif symbol == INTERNAL:
                 children = (b"\x02", b"\x01", b"\x00")
@@ -80,12 +88,12 @@ def _parse_aivf(data: bytes, code_bits: int, threshold: int) -> Dictionary:
             if len(phrase) == MAX_PHRASE:
                 raise FormatError("dictionary_phrase_length", byte=(at - 1) // 4)
             pending.extend(phrase + child for child in children)
-        phrases.append(tree)
+        trees.append({0: leaves, threshold: incomplete})
     if (at + 3) // 4 != len(data):
         raise FormatError("dictionary_size", "bytes follow the last node", byte=(at + 3) // 4)
     if at % 4 and data[-1] >> (2 * (at % 4)):
         raise FormatError("dictionary_padding", byte=len(data) - 1)
-    return _assemble("aivf", code_bits, threshold, phrases, data)
+    return _assemble("aivf", code_bits, threshold, trees, data)
 
 
 def _parse_table(data: bytes, code_bits: int, threshold: int) -> Dictionary:
@@ -113,7 +121,7 @@ def _parse_table(data: bytes, code_bits: int, threshold: int) -> Dictionary:
     used = [p for p in phrases if p]
     if len(set(used)) != len(used):
         raise FormatError("dictionary_duplicate")
-    return _assemble("table", code_bits, threshold, [phrases], data)
+    return _assemble("table", code_bits, threshold, [{0: phrases}], data)
 
 
 def pack_two_bits(symbols: UInt8Array) -> bytes:
