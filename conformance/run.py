@@ -34,6 +34,8 @@ ADAPTERS = {
 }
 START_SECONDS = 120.0
 SPARE_BYTES = 64 << 20
+#: What a program takes for this file is not counted: one small matrix.
+IDLE = "vectors/valid/base-8.safetensors"
 Vector = dict[str, Any]
 
 
@@ -292,14 +294,12 @@ def run_suite(program: Program, vectors: list[Vector], root: Path, *, deep: bool
     begin = time.monotonic()
     failures: dict[str, list[str]] = collections.defaultdict(list)
     idle_bytes = None
-    smallest = min((v for v in vectors if v["class"] == "valid" and v.get("encoding") is None and (root / v["file"]).is_file()),
-                   key=lambda v: (root / v["file"]).stat().st_size, default=None)  # fmt: skip
-    if smallest is not None and any(vector["class"] == "limit" for vector in vectors):
+    if any(vector["class"] == "limit" for vector in vectors):
         with tempfile.TemporaryDirectory(prefix="conformance-") as folder:
             try:
-                idle_bytes = program.decode(root / smallest["file"], Path(folder) / "out", deep=False, alone=True).peak_bytes
+                idle_bytes = program.decode(root / IDLE, Path(folder) / "out", deep=deep, alone=True).peak_bytes
             except CrashError as error:
-                failures["limit"].append(f"  {smallest['id']}: crash: {error}")
+                failures["limit"].append(f"  {IDLE}: crash: {error}")
 
     def one(vector: Vector) -> None:
         if stored_sha256(root / vector["file"]) != vector["sha256"]:

@@ -9,6 +9,7 @@ files in memory and is slow.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -17,6 +18,7 @@ import re
 import struct
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -285,20 +287,30 @@ class File:
             check_role(self.tensors[f"qmoecodec.dictionary.{i}"], "U8", None)  # REQ-DIC-001
         for group in self.groups:
             check_roles(group, self.roles(group))
-        need(len(set(self.sources())) == len(self.sources()), "source_conflict")  # the number of experts is bounded by now
+        need(unique(self.sources()), "source_conflict")  # the number of experts is bounded by now
 
     def roles(self, group: dict[str, Any]) -> dict[str, Tensor]:
         return {role: self.tensors[f"{group['name']}_{role}"] for role in ROLES}
 
-    def sources(self) -> list[str]:
+    def sources(self) -> Iterator[str]:
         """The names of the restored tensors (§6.1)."""
-        return [*self.passthrough, *(name for group in self.groups for name in source_names(group))]
+        return itertools.chain(self.passthrough, *map(source_names, self.groups))
 
 
-def source_names(group: dict[str, Any]) -> list[str]:
+def source_names(group: dict[str, Any]) -> Iterator[str]:
     if group["layout"] != "stacked":
-        return [group["source"]]
-    return [group["source"].replace("{}", str(i)) for first, end in group["expert_ranges"] for i in range(first, end)]
+        return iter([group["source"]])
+    return (group["source"].replace("{}", str(i)) for first, end in group["expert_ranges"] for i in range(first, end))
+
+
+def unique(names: Iterator[str]) -> bool:
+    """Whether no name stands twice. Digests are kept: the names of experts may take far more than the file."""
+    seen: set[bytes] = set()
+    for count, name in enumerate(names, 1):
+        seen.add(hashlib.sha256(name.encode()).digest())
+        if len(seen) < count:
+            return False
+    return True
 
 
 # ---- §4: dictionaries ------------------------------------------------------------------------------------------------
@@ -498,9 +510,8 @@ def decode_directory(directory: Path, deep: bool) -> Restored:
     contents = {name: read_shard(directory, name) for name in dict.fromkeys(weight_map.values())}
     files = {name: File(content) for name, content in contents.items()}
     there = {name: [tensor for tensor in file.tensors if not tensor.startswith(RESERVED)] for name, file in files.items()}
-    sources = [source for file in files.values() for source in file.sources()]
-    for names in (list(itertools.chain(*there.values())), sources):
-        need(len(set(names)) == len(names), "source_conflict")  # REQ-SHD-006
+    need(unique(itertools.chain(*there.values())), "source_conflict")  # REQ-SHD-006
+    need(unique(itertools.chain(*(file.sources() for file in files.values()))), "source_conflict")
     need(weight_map == {tensor: name for name in files for tensor in there[name]}, "shard_mismatch")  # REQ-SHD-002
     return decode_files(list(files.values()), deep)
 

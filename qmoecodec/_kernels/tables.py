@@ -24,32 +24,33 @@ STEP_SECOND_SHIFT: Final = 48
 MAX_SCATTER: Final = 3
 
 
-#: Bytes of tables of one sort that are kept, for the dictionaries used last; those of one are kept whatever they take.
-KEPT_BYTES: Final = 32 << 20
+#: Bytes of tables that are kept, of those used last; the very last ones are kept whatever they take.
+KEPT_BYTES: Final = 24 << 20
 
 Tables = TypeVar("Tables")
+_kept: OrderedDict[tuple[str, Dictionary], tuple[Any, int]] = OrderedDict()
+_lock = threading.Lock()
 
 
 def kept(build: Callable[[Dictionary], Tables]) -> Callable[[Dictionary], Tables]:
-    """Keep what a function has built, up to KEPT_BYTES: a file may hold 256 dictionaries of some bytes each."""
-    found: OrderedDict[Dictionary, tuple[Tables, int]] = OrderedDict()
-    lock = threading.Lock()
+    """Keep what a function has built, up to a number of bytes: a file may have 256 dictionaries of some bytes each."""
 
     @wraps(build)
     def look_up(dictionary: Dictionary) -> Tables:
-        with lock:
-            known = found.get(dictionary)
+        key = build.__name__, dictionary
+        with _lock:
+            known = _kept.get(key)
             if known is not None:
-                found.move_to_end(dictionary)
-                return known[0]
+                _kept.move_to_end(key)
+                return cast(Tables, known[0])
         tables = build(dictionary)
-        parts: list[Any] = [getattr(tables, field.name) for field in fields(cast(Any, tables))]
+        parts = [getattr(tables, field.name) for field in fields(cast(Any, tables))]
         n_bytes = sum(part.nbytes for part in parts if isinstance(part, np.ndarray))
-        with lock:
-            found[dictionary] = tables, n_bytes
-            total = sum(size for _, size in found.values())
-            while total > KEPT_BYTES and len(found) > 1:
-                total -= found.popitem(last=False)[1][1]
+        with _lock:
+            _kept[key] = tables, n_bytes
+            total = sum(size for _, size in _kept.values())
+            while total > KEPT_BYTES and len(_kept) > 1:
+                total -= _kept.popitem(last=False)[1][1]
         return tables
 
     return look_up

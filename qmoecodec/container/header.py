@@ -105,7 +105,7 @@ def parse_header(data: bytes, n_file: int, *, strict: bool = True) -> Header:
         raise FormatError("header_json", "the header does not begin with '{'", byte=8)
     reader = Reader(text, base=8, max_values=MAX_VALUES if strict else MAX_HEADER)
     reader.count(1)
-    raw: dict[str, Any] = {key: _read_entry(reader) for key in reader.keys(1)}
+    raw: dict[str, Any] = {key: _read_entry(reader, key) for key in reader.keys(1)}
     end = reader.at
     if strict and (text[end:].strip(" ") or len(text) - end > MAX_PADDING):
         raise reader.fail("header_json", f"other than 0 to {MAX_PADDING} spaces after the object")
@@ -124,12 +124,15 @@ def parse_header(data: bytes, n_file: int, *, strict: bool = True) -> Header:
     return Header(tensors, metadata, len(data))
 
 
-def _read_entry(reader: Reader) -> Any:
-    """Read the value of one key of the header: a TensorInfo where it has the usual form, else as it is."""
-    reader.peek()
+def _read_entry(reader: Reader, key: str) -> Any:
+    """Read the value of one key of the header: a TensorInfo where it has the usual form, else as it is.
+
+    Nothing is built of values that stand where none may, for they are many times larger than their text.
+    """
+    character = reader.peek()
     match = _ENTRY.match(reader.text, reader.at)
     if match is None:
-        return reader.value(2)
+        return reader.value(2, 0 if character != "{" else 1 if key == "__metadata__" else 2)
     reader.at = match.end()
     shape = tuple(int(n) for n in match[2].split(",")) if match[2] else ()
     reader.count(6 + len(shape))
@@ -212,10 +215,12 @@ def header_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] 
 
     Raises ValueError where the header would be larger than spec §2.1 allows.
     """
-    entries: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
-    for name, info in tensors.items():
-        entries[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": (info.begin, info.end)}
-    text = compact(entries).encode("utf-8")
+    entries = [] if metadata is None else [f'"__metadata__":{compact(dict(metadata))}']
+    for name, info in tensors.items():  # an entry at a time: many small objects take far more memory than their text
+        entry = {"dtype": info.dtype, "shape": info.shape, "data_offsets": (info.begin, info.end)}
+        entries.append(f"{compact(name)}:{compact(entry)}")
+    text = ("{" + ",".join(entries) + "}").encode("utf-8")
+    del entries
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise ValueError(f"the header would take {len(text)} bytes of {MAX_HEADER}; use a smaller shard size")

@@ -106,16 +106,21 @@ class Reader:
         self.at = match.end()
         return int(literal)
 
-    def value(self, depth: int) -> Any:
-        """Read any value; an array or object that begins here is `depth` deep."""
+    def value(self, depth: int, keep: int = MAX_DEPTH) -> Any:
+        """Read any value; an array or object that begins here is `depth` deep.
+
+        keep : how many levels of arrays and objects to build; those below are checked, and None stands for them
+        """
         character = self.peek()
         self.count(1)
         if character == '"':
             return self.string()
         if character == "{":
-            return self.object(depth)
+            found: Any = self.object(depth, keep)
+            return found if keep > 0 else None
         if character == "[":
-            return self.array(depth)
+            found = self.array(depth, keep)
+            return found if keep > 0 else None
         for literal, value in _LITERALS:
             if self.text.startswith(literal, self.at):
                 self.at += len(literal)
@@ -128,15 +133,17 @@ class Reader:
             raise self.fail("json_depth", f"values nested more than {MAX_DEPTH} deep")
         self.at += 1
 
-    def array(self, depth: int) -> list[Any]:
-        """Read an array."""
+    def array(self, depth: int, keep: int = MAX_DEPTH) -> list[Any]:
+        """Read an array; `keep` as in `value`."""
         self.open_nested(depth)
         items: list[Any] = []
         if self.peek() == "]":
             self.at += 1
             return items
         while True:
-            items.append(self.value(depth + 1))
+            item = self.value(depth + 1, keep - 1)
+            if keep > 0:
+                items.append(item)
             if self.peek() == "]":
                 self.at += 1
                 return items
@@ -170,13 +177,15 @@ class Reader:
                 return
             self.expect(",")
 
-    def object(self, depth: int) -> dict[str, Any]:
-        """Read an object."""
+    def object(self, depth: int, keep: int = MAX_DEPTH) -> dict[str, Any]:
+        """Read an object; `keep` as in `value`."""
         result: dict[str, Any] = {}
         for key in self.keys(depth):
             freed = depth == 1 and key == self.any_number_below
             self.any_number |= freed
-            result[key] = self.value(depth + 1)
+            value = self.value(depth + 1, keep - 1)
+            if keep > 0:
+                result[key] = value
             if freed:
                 self.any_number = False
         return result
@@ -227,6 +236,9 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
+_COMPACT: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 def compact(value: Any) -> str:
     """Write a value as safetensors does: no spaces, keys in their order, characters as they are."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return _COMPACT.encode(value)

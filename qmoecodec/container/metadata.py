@@ -98,6 +98,12 @@ class Metadata:
     required_features: tuple[str, ...] = ()
     optional_features: tuple[str, ...] = ()
 
+    def source_names(self) -> Iterator[str]:
+        """Yield the names of all tensors that the file stands for."""
+        yield from self.passthrough
+        for group in self.groups:
+            yield from group.source_names()
+
 
 def to_ranges(numbers: list[int]) -> tuple[tuple[int, int], ...]:
     """Write ascending numbers as ranges with gaps between them.

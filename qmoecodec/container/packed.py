@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import mmap
 import os
 import pathlib
@@ -92,12 +93,18 @@ def check_structure(header: Header, metadata: Metadata) -> None:
         for role in ROLES:
             _check_tensor(tensors, role_name(group.name, role), dtypes[role], shapes.get(role), group=group.name)
     # Only now is the number of experts bounded by the size of the file.
-    seen = set(metadata.passthrough)
-    for group in metadata.groups:
-        for name in group.source_names():
-            if name in seen:
-                raise FormatError("source_conflict", "two groups, or a group and a tensor, stand for it", tensor=name)
-            seen.add(name)
+    seen: set[bytes] = set()
+    for name in metadata.source_names():
+        if not add_name(seen, name):
+            raise FormatError("source_conflict", "two groups, or a group and a tensor, stand for it", tensor=name)
+
+
+def add_name(seen: set[bytes], name: str) -> bool:
+    """Add a name to a set that holds digests, for a file need not pay for the names of its experts; False if it is there."""
+    digest = hashlib.blake2b(name.encode(), digest_size=16).digest()
+    is_new = digest not in seen
+    seen.add(digest)
+    return is_new
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,7 +13,7 @@ import numpy as np
 
 from qmoecodec.codec.rows import decode_checked
 from qmoecodec.container.metadata import GroupInfo
-from qmoecodec.container.packed import ExpertData, GroupData, PackedFile
+from qmoecodec.container.packed import ExpertData, GroupData, PackedFile, add_name
 from qmoecodec.container.shards import find_shards
 from qmoecodec.container.ternary import NUMPY_TYPE, check_zero_levels, fill_rows, to_float
 from qmoecodec.errors import FormatError
@@ -113,8 +113,10 @@ class File:
 
     def _check_directory(self) -> None:
         """Check the index against the shards, and names across shards (spec §8)."""
+        if self.shards.weight_map is None:
+            return  # one file, which has been checked
         stored: dict[str, str] = {}
-        names: set[str] = set()
+        names: set[bytes] = set()
         for file in self.files:
             for name in file.header.tensors:
                 if name.startswith("qmoecodec."):
@@ -122,18 +124,10 @@ class File:
                 if name in stored:
                     raise FormatError("source_conflict", f"{stored[name]} has it too", tensor=name, file=file.path.name)
                 stored[name] = file.path.name
-            if len(self.files) == 1:
-                break  # the file itself has been checked
-            sources = [name for group in file.metadata.groups for name in group.source_names()]
-            for name in (*file.metadata.passthrough, *sources):
-                if name in names:
+            for name in file.metadata.source_names():
+                if not add_name(names, name):
                     raise FormatError("source_conflict", "two files stand for it", tensor=name, file=file.path.name)
-                names.add(name)
-        group_names = [group.name for file in self.files for group in file.metadata.groups]
-        if len(set(group_names)) != len(group_names):
-            name = next(name for name in group_names if group_names.count(name) > 1)
-            raise FormatError("source_conflict", "two files hold the group", group=name)
-        if self.shards.weight_map is not None and stored != self.shards.weight_map:
+        if stored != self.shards.weight_map:
             name = min(k for k in stored.keys() | self.shards.weight_map.keys()
                        if stored.get(k) != self.shards.weight_map.get(k))  # fmt: skip
             raise FormatError("shard_mismatch", tensor=name)

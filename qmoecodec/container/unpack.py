@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -118,37 +119,32 @@ def _pieces(source: File) -> Iterator[Piece]:
     for file in source.files:
         for name in file.metadata.passthrough:
             info = file.header.tensors[name]
-            yield Piece(name, info.dtype, info.shape, _passthrough(file, name))
+            yield Piece(name, info.dtype, info.shape, partial(_passthrough, file, name))
         for group in file.metadata.groups:
             experts = group.shape[0]
             if group.layout == "stacked":
                 for expert, name in enumerate(group.source_names()):
-                    yield Piece(name, group.dtype, group.source_shape, _experts(file, group, range(expert, expert + 1)))
+                    chunks = partial(_experts, file, group, range(expert, expert + 1))
+                    yield Piece(name, group.dtype, group.source_shape, chunks)
             else:
-                yield Piece(group.source, group.dtype, group.source_shape, _experts(file, group, range(experts)))
+                yield Piece(group.source, group.dtype, group.source_shape, partial(_experts, file, group, range(experts)))
 
 
-def _passthrough(file: PackedFile, name: str) -> Callable[[], Iterator[Chunk]]:
-    def chunks() -> Iterator[Chunk]:
-        file.check_passthrough(name)
-        n_bytes = file.header.tensors[name].n_bytes
-        for at in range(0, n_bytes, _BLOCK_BYTES):
-            yield file.read(name, at, min(n_bytes, at + _BLOCK_BYTES))
-
-    return chunks
+def _passthrough(file: PackedFile, name: str) -> Iterator[Chunk]:
+    file.check_passthrough(name)
+    n_bytes = file.header.tensors[name].n_bytes
+    for at in range(0, n_bytes, _BLOCK_BYTES):
+        yield file.read(name, at, min(n_bytes, at + _BLOCK_BYTES))
 
 
-def _experts(file: PackedFile, group: GroupInfo, experts: range) -> Callable[[], Iterator[Chunk]]:
-    def chunks() -> Iterator[Chunk]:
-        data = file.group(group.name)
-        _, rows, cols = group.shape
-        n = max(1, _BLOCK_BYTES // max(1, cols * data.bits_type.itemsize))
-        for expert in experts:
-            parts = data.expert(expert)
-            # Blocks of rows: the dense expert is never in memory as a whole.
-            for row in range(0, rows, n):
-                end = min(rows, row + n)
-                digits = decode_expert(data, expert, parts, row, end)
-                yield fill_rows(digits, parts.levels[row:end]).reshape(-1).view(np.uint8).data
-
-    return chunks
+def _experts(file: PackedFile, group: GroupInfo, experts: range) -> Iterator[Chunk]:
+    data = file.group(group.name)
+    _, rows, cols = group.shape
+    n = max(1, _BLOCK_BYTES // max(1, cols * data.bits_type.itemsize))
+    for expert in experts:
+        parts = data.expert(expert)
+        # Blocks of rows: the dense expert is never in memory as a whole.
+        for row in range(0, rows, n):
+            end = min(rows, row + n)
+            digits = decode_expert(data, expert, parts, row, end)
+            yield fill_rows(digits, parts.levels[row:end]).reshape(-1).view(np.uint8).data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from typing import Final
 
@@ -36,12 +37,14 @@ def parse(data: bytes, *, kind: DictionaryKind, code_bits: int, threshold: int) 
 def _assemble(
     kind: DictionaryKind, code_bits: int, threshold: int, trees: Sequence[dict[int, list[bytes]]], data: bytes
 ) -> Dictionary:
-    """Lay phrases out as arrays; trees[state] maps the first of some codewords to their phrases (b"" where unused).
-
-    The memory for codewords between them is not touched: a small dictionary of 16 bits stays small.
-    """
-    lengths = np.zeros((len(trees), 1 << code_bits), np.uint8)
-    starts = np.zeros(lengths.shape, np.uint32)
+    """Lay phrases out as arrays; trees[state] maps the first of some codewords to their phrases (b"" where unused)."""
+    shape = len(trees), 1 << code_bits
+    n_codewords = shape[0] * shape[1]
+    # Most of a small dictionary of 16 bits is not touched, and costs nothing where the memory is new; what numpy hands out
+    # may have been used before.
+    blank = mmap.mmap(-1, 5 * n_codewords, mmap.MAP_PRIVATE) if code_bits == 16 else bytearray(5 * n_codewords)
+    starts = np.frombuffer(blank, np.uint32, n_codewords).reshape(shape)
+    lengths = np.frombuffer(blank, np.uint8, n_codewords, 4 * n_codewords).reshape(shape)
     at = 0
     for state, tree in enumerate(trees):
         for first, phrases in tree.items():

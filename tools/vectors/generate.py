@@ -26,7 +26,17 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "spec")]
 
 import reference_decoder  # type: ignore[import-not-found, unused-ignore]  # noqa: E402
 
-from vectors import invalid_files, invalid_groups, invalid_metadata, invalid_order, invalid_text, parts, valid, valid_files  # noqa: E402
+from vectors import (  # noqa: E402
+    invalid_files,
+    invalid_groups,
+    invalid_metadata,
+    invalid_order,
+    invalid_text,
+    limits,
+    parts,
+    valid,
+    valid_files,
+)
 from vectors.draft import Tensor, edits  # noqa: E402
 from vectors.parts import Vector  # noqa: E402
 
@@ -153,6 +163,8 @@ def committed() -> Iterator[Vector]:
         invalid_order.structure,
         invalid_order.directories,
         invalid_order.dictionaries,
+        limits.dictionaries,
+        limits.names,
     ):
         yield from fixed()
 

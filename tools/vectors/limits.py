@@ -1,0 +1,80 @@
+"""More vectors for which time and memory count: dictionaries, names, and shard indexes."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+from vectors import codebook
+from vectors.draft import Draft, Matrix, Tensor
+from vectors.faults import broken
+from vectors.parts import PLAIN, Vector, group_of, plain
+
+
+def dictionaries() -> Iterator[Vector]:
+    """Yield dictionaries that are large when they are laid out."""
+    tiny = [codebook.aivf(16, 3 + i, (0, 0, 0), (0, 0)) for i in range(256)]
+    experts = [Matrix([b"\0"], [(bytes(4), bytes(4))], i) for i in range(32)]
+    yield plain(
+        "limit/bank-256",
+        "256 dictionaries of 16 bits and two bytes, 32 of them in use",
+        ["REQ-GEN-002", "REQ-DIC-005"],
+        [group_of("w", "fused", "F32", 16, experts)],
+        tiny,
+        gzip=True,
+    )
+    deep = codebook.aivf(16, 2**16, [*deep_tree(2**16 - 2), 0, 0], (0, 0))
+    yield plain(
+        "limit/dictionary-deep",
+        "phrases of 9.8 million digits in 24 kB",
+        ["REQ-GEN-002", "REQ-DIC-007"],
+        [group_of("w", "matrix", "F32", 16, [Matrix([b"\0\1\0"], [(struct.pack("<f", -1), bytes(4))])])],
+        [deep],
+        gzip=True,
+    )
+
+
+def deep_tree(leaves: int) -> list[int]:
+    """Return the symbols of a tree below its 0-child: a comb of 140 levels, and a bush at its end."""
+    symbols: list[int] = []
+
+    def grow(depth: int, leaves: int) -> None:
+        if leaves < 3 or depth == 255:
+            symbols.append(codebook.LEAF)
+            return
+        symbols.append(codebook.INTERNAL)
+        if depth < 140:
+            grow(depth + 1, leaves - 2)
+            symbols.extend([codebook.LEAF] * 2)
+            return
+        side = (leaves // 3 - 1) | 1
+        for part in (leaves - 2 * side, side, side):
+            grow(depth + 1, part)
+
+    grow(1, leaves if leaves % 2 else leaves - 1)
+    return symbols
+
+
+def names() -> Iterator[Vector]:
+    """Yield a file whose experts have names of 160 MB in all, and hold nothing."""
+    n = 40_000
+    source = "x" * 4000 + "{}"
+
+    def fault(draft: Draft) -> None:
+        draft.metadata["groups"][0] |= {"shape": [n, 0, 0], "source": source, "expert_ranges": [[0, n]], "row_length_base": 0}
+        for role, dtype, shape, size in (
+            ("codes", "U8", [0], 0),
+            ("code_offsets", "U64", [n + 1], 8 * (n + 1)),
+            ("row_lengths", "U8", [n, 0], 0),
+            ("levels", "F32", [n, 0, 2], 0),
+            ("dictionary_index", "U8", [n], n),
+            ("checksums", "U32", [n], 4 * n),
+        ):
+            draft.tensors[f"a_{role}"] = Tensor(dtype, shape, bytes(size))
+        last = source.replace("{}", str(n - 1))
+        draft.tensors[last] = PLAIN["bias"]
+        draft.metadata["passthrough"][last] = ""
+
+    for vector in broken("groups", [("source-names", "source_conflict", "GEN-002 GRP-005", fault)]):
+        vector.id, vector.gzip = "limit/source-names", True
+        yield vector
