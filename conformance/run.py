@@ -67,11 +67,13 @@ def stored_sha256(path: Path) -> str:
 def stage(vector: Vector, root: Path, scratch: Path) -> Path:
     """Return the path to hand to the program; a copy where the stored file is not the whole story."""
     stored: Path = root / vector["file"]
-    if vector.get("links"):
+    if "links" in vector or "sizes" in vector:
         staged = scratch / "in"
         shutil.copytree(stored, staged)
-        for name, target in vector["links"].items():
+        for name, target in vector.get("links", {}).items():
             (staged / name).symlink_to(root / target if target.startswith("vectors/") else target)
+        for name, size in vector.get("sizes", {}).items():
+            os.truncate(staged / name, size)
         return staged
     if vector.get("encoding") == "gzip" or "size" in vector:
         staged = scratch / "in.safetensors"
@@ -279,7 +281,7 @@ def check(vector: Vector, root: Path, program: Program, *, deep: bool, idle_byte
             except CrashError as error:
                 return f"crash: {error}"
             if wrong is None and idle_bytes is not None:
-                files = [path] if path.is_file() else list(path.iterdir())
+                files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
                 written = sum(file.stat().st_size for file in (Path(folder) / f"out{mode:d}").glob("*.bin"))
                 most = idle_bytes + 2 * (sum(file.stat().st_size for file in files) + written) + SPARE_BYTES
                 if outcome.peak_bytes > most:

@@ -64,7 +64,7 @@ REASONS: Final[dict[str, str]] = {
     "checksum": "a checksum does not match",
     # §8 several files
     "shard_index": "the shard index is not usable",
-    "shard_path": "a shard's name is not a plain file name in the directory",
+    "shard_path": "the index or a shard is not a plain file of the directory",
     "shard_missing": "a shard is not there",
     "shard_mismatch": "the shard index and the shards name different tensors",
 }

@@ -485,18 +485,19 @@ def decode_files(files: list[File], deep: bool) -> Restored:
 # ---- §8: several files -----------------------------------------------------------------------------------------------
 
 
-def read_shard(directory: Path, name: str) -> bytes:
+def member(directory: Path, name: str) -> Path:
     need(name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}, "shard_path")  # REQ-SHD-003
     path = directory / name
     need(len(os.fsencode(name)) < 256 and path.exists(), "shard_missing")  # REQ-SHD-004
-    need(path.is_file() and directory.resolve() in path.resolve().parents, "shard_path")  # REQ-SHD-005
-    return path.read_bytes()
+    need(path.is_file() and directory.resolve() in path.resolve().parents, "shard_path")  # REQ-SHD-005, REQ-SHD-008
+    return path
 
 
 def decode_directory(directory: Path, deep: bool) -> Restored:
     index = directory / "model.safetensors.index.json"
     if not index.exists():
-        return decode_files([File(read_shard(directory, "model.safetensors"))], deep)
+        return decode_files([File(member(directory, "model.safetensors").read_bytes())], deep)
+    member(directory, index.name)
     need(index.stat().st_size <= 100_000_000, "shard_index")
     try:
         text = index.read_bytes().decode()
@@ -507,7 +508,7 @@ def decode_directory(directory: Path, deep: bool) -> Restored:
     need(isinstance(value.get("weight_map"), dict) and isinstance(value.get("metadata", {}), dict), "shard_index")
     weight_map: dict[str, Any] = value["weight_map"]  # REQ-SHD-001
     need(all(isinstance(name, str) for name in weight_map.values()), "shard_index")
-    contents = {name: read_shard(directory, name) for name in dict.fromkeys(weight_map.values())}
+    contents = {name: member(directory, name).read_bytes() for name in dict.fromkeys(weight_map.values())}
     files = {name: File(content) for name, content in contents.items()}
     there = {name: [tensor for tensor in file.tensors if not tensor.startswith(RESERVED)] for name, file in files.items()}
     need(unique(itertools.chain(*there.values())), "source_conflict")  # REQ-SHD-006

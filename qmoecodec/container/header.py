@@ -100,7 +100,7 @@ def parse_header(data: bytes, n_file: int, *, strict: bool = True) -> Header:
     tensor_count, shape_rank, unknown_dtype, shape_overflow, offset_order, tensor_size, truncated, misaligned,
     tensor_overlap, tensor_hole, trailing_data.
     """
-    text = decode_utf8(data[8:], base=8)
+    text = decode_utf8(memoryview(data)[8:], base=8)
     if not text.startswith("{"):
         raise FormatError("header_json", "the header does not begin with '{'", byte=8)
     reader = Reader(text, base=8, max_values=MAX_VALUES if strict else MAX_HEADER)

@@ -191,15 +191,15 @@ class Reader:
         return result
 
 
-def decode_utf8(data: bytes, *, base: int = 0) -> str:
+def decode_utf8(data: bytes | memoryview, *, base: int = 0) -> str:
     """Decode UTF-8 without a byte-order mark; `base` is the byte at which the data begins.
 
     Raises FormatError: header_encoding.
     """
-    if data.startswith(b"\xef\xbb\xbf"):
+    if data[:3] == b"\xef\xbb\xbf":
         raise FormatError("header_encoding", "a byte-order mark", byte=base)
     try:
-        return data.decode("utf-8")
+        return str(data, "utf-8")
     except UnicodeDecodeError as error:
         raise FormatError("header_encoding", error.reason, byte=base + error.start) from None
 

@@ -113,6 +113,8 @@ def write(vector: Vector, out: Path, known: dict[str, Vector]) -> dict[str, Any]
         entry["seconds"] = vector.seconds
     if vector.size is not None:
         entry["size"] = vector.size
+    if vector.sizes is not None:
+        entry["sizes"] = vector.sizes
     if vector.links is not None:
         entry["links"] = vector.links
     return entry
@@ -165,6 +167,7 @@ def committed() -> Iterator[Vector]:
         invalid_order.dictionaries,
         limits.dictionaries,
         limits.names,
+        limits.indexes,
     ):
         yield from fixed()
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 from vectors import codebook
 from vectors.draft import Draft, Matrix, Tensor
 from vectors.faults import broken
-from vectors.parts import PLAIN, Vector, group_of, plain
+from vectors.parts import INDEX, PLAIN, SHARDS, Vector, group_of, index_text, plain, two_shards, weight_map_of
 
 
 def dictionaries() -> Iterator[Vector]:
@@ -78,3 +79,30 @@ def names() -> Iterator[Vector]:
     for vector in broken("groups", [("source-names", "source_conflict", "GEN-002 GRP-005", fault)]):
         vector.id, vector.gzip = "limit/source-names", True
         yield vector
+
+
+def indexes() -> Iterator[Vector]:
+    """Yield directories whose index is large, or not a file of theirs."""
+    drafts, tensors = two_shards()
+    files = {name: draft.render() for name, draft in drafts.items()}
+    index = index_text(weight_map_of(drafts), {"total_size": 123})
+    single = {"model.safetensors": files[SHARDS[0]]}
+    of_single = {name: tensor for name, tensor in tensors.items() if name in ("e.0.wi", "e.1.wi", "bias")}
+
+    def broken_one(identity: str, reason: str, reqs: str, content: dict[str, bytes], **flags: Any) -> Vector:
+        return Vector(identity, identity.split("/")[1].replace("-", " "), [f"REQ-{req}" for req in reqs.split()], content,
+                      error=reason, base="valid/base-shards", before=content, **flags)  # fmt: skip
+
+    # The last byte that may be there is read, and is none of a JSON text; the next makes the index too long.
+    for name, size, reason in (("longest", 100_000_000, "header_json"), ("too-long", 100_000_001, "shard_index")):
+        content = files | {INDEX: index}
+        yield broken_one(f"limit/index-{name}", reason, "SHD-001 GEN-002", content, sizes={INDEX: size}, seconds=30)
+    outside = f"vectors/valid/base-shards/{INDEX}"
+    yield broken_one("invalid/index-link-outside", "shard_path", "SHD-008", files, links={INDEX: outside})
+    yield broken_one("invalid/index-link-directory", "shard_path", "SHD-008", files, links={INDEX: "."})
+    yield broken_one("invalid/index-link-parent", "shard_path", "SHD-008", single, links={INDEX: ".."})
+    yield broken_one("invalid/index-link-dangling", "shard_missing", "SHD-008 SHD-007", files, links={INDEX: "nowhere.json"})
+    yield Vector("valid/index-link-inside", "an index that is a symbolic link inside the directory", ["REQ-SHD-008"],
+                 files | {"index.json": index}, tensors, links={INDEX: "index.json"})  # fmt: skip
+    yield Vector("valid/index-link-dangling", "an index that is a link to nothing, and one file", ["REQ-SHD-008", "REQ-SHD-007"],
+                 single, of_single, links={INDEX: "nowhere.json"})  # fmt: skip

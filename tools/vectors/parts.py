@@ -38,6 +38,7 @@ class Vector:
     gzip: bool = False
     seconds: float | None = None
     size: int | None = None
+    sizes: dict[str, int] | None = None
     links: dict[str, str] | None = None
 
 

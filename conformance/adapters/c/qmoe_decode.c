@@ -623,7 +623,7 @@ static Span map_file(const char *path) {
     take(0, 1); blocks->size = n; blocks->map = p;
     return (Span){p, n};
 }
-static Span map_shard(const char *directory, Span name) { /* REQ-SHD-003 to REQ-SHD-005 */
+static Span map_shard(const char *directory, Span name) { /* REQ-SHD-003 to REQ-SHD-005, REQ-SHD-008 */
     static char path[2 * PATH_MAX], real[PATH_MAX], home[PATH_MAX];
     struct stat info; need(name.n != 0 && !equals(name, ".") && !equals(name, ".."), "shard_path");
     for (size_t i = 0; i < name.n; i++) need(name.p[i] != '/' && name.p[i] != '\\' && name.p[i] != 0, "shard_path");
@@ -637,7 +637,7 @@ static void decode_directory(const char *directory) {
     char path[2 * PATH_MAX]; const Json *index = NULL, *map = NULL, *m = NULL; bool any;
     snprintf(path, sizeof path, "%s/model.safetensors.index.json", directory);
     if (access(path, F_OK) == 0) {
-        Span text = map_file(path); need(text.n <= MAX_TEXT, "shard_index");
+        Span text = map_shard(directory, word("model.safetensors.index.json")); need(text.n <= MAX_TEXT, "shard_index"); /* REQ-SHD-008 */
         map = member(index = parse(text, SHARD_INDEX, &any), "weight_map", '{', "shard_index"); /* REQ-SHD-001 */
         for (m = map->first; m != NULL; m = m->next) need(m->type == '"', "shard_index");
         for (m = index->first; m != NULL; m = m->next) need(!equals(m->key, "metadata") || m->type == '{', "shard_index");
