@@ -36,7 +36,7 @@ REASONS: Final[dict[str, str]] = {
     "unsupported_feature": "the file requires a feature that is not known",
     "orphan_tensor": "a tensor has no role",
     "missing_tensor": "a tensor that the metadata names is not there",
-    "reserved_name": "a name begins with 'qmoecodec.'",
+    "reserved_name": "a name begins with 'qmoecodec.' or is '__metadata__'",
     "source_conflict": "a tensor is named twice",
     # §4 dictionaries
     "dictionary_threshold": "the threshold does not fit the dictionary",

@@ -178,6 +178,10 @@ def check_keys(value: Any, types: dict[str, type]) -> None:
     need(all(key in types or key.startswith("x-") for key in value), "metadata_schema")
 
 
+def is_reserved(name: str) -> bool:
+    return name.startswith(RESERVED) or name == "__metadata__"
+
+
 def is_crc(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{8}", value) is not None
 
@@ -200,7 +204,7 @@ def check_group(group: dict[str, Any], before: bytes) -> bytes:
         need(all(a[1] < b[0] for a, b in itertools.pairwise(ranges)), "metadata_schema")
         need(sum(b - a for a, b in ranges) == group["shape"][0], "metadata_schema")
     need(max(group["shape"]) < 2**31 and math.prod(group["shape"]) < 2**62, "shape_overflow")  # REQ-GRP-006
-    need(not group["name"].startswith(RESERVED) and not group["source"].startswith(RESERVED), "reserved_name")
+    need(not is_reserved(group["name"]) and not is_reserved(group["source"]), "reserved_name")  # REQ-MET-013
     return name
 
 
@@ -231,7 +235,7 @@ def check_metadata(text: str) -> dict[str, Any]:
         name = check_group(group, name)
     for key, crc in metadata["passthrough"].items():
         need(is_crc(crc), "metadata_schema")
-        need(not key.startswith(RESERVED), "reserved_name")  # REQ-MET-013
+        need(not is_reserved(key), "reserved_name")  # REQ-MET-013
     return metadata
 
 

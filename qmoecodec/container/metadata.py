@@ -16,6 +16,7 @@ FORMAT_VERSION: Final = "1.0"
 MAJOR: Final = "1"
 METADATA_KEY: Final = "qmoecodec"
 RESERVED_PREFIX: Final = "qmoecodec."
+HEADER_METADATA: Final = "__metadata__"
 HEADER_CRC32: Final = "qmoecodec.header_crc32"
 MAX_NAME: Final = 4096
 FLOAT_DTYPES: Final = ("F16", "BF16", "F32", "F64")
@@ -103,6 +104,15 @@ class Metadata:
         yield from self.passthrough
         for group in self.groups:
             yield from group.source_names()
+
+
+def is_reserved(name: str) -> bool:
+    """Say whether no tensor or group of this name may be stored (spec §3.6).
+
+    >>> [is_reserved(name) for name in ("qmoecodec.a", "__metadata__", "__metadata__.a")]
+    [True, True, False]
+    """
+    return name.startswith(RESERVED_PREFIX) or name == HEADER_METADATA
 
 
 def to_ranges(numbers: list[int]) -> tuple[tuple[int, int], ...]:
@@ -221,7 +231,7 @@ def from_text(text: str) -> Metadata:
     for name, crc in top["passthrough"].items():
         if not isinstance(crc, str) or _CRC32.fullmatch(crc) is None:
             raise _bad("a crc32 is not 8 lower-case hexadecimal digits", tensor=name)
-        if name.startswith(RESERVED_PREFIX):
+        if is_reserved(name):
             raise FormatError("reserved_name", tensor=name)
         passthrough[name] = int(crc, 16)
     return Metadata(dictionaries, tuple(groups), passthrough, version, (), optional)
@@ -278,7 +288,7 @@ def _group(value: Any, before: str) -> GroupInfo:
     ranges = _ranges(g["expert_ranges"], shape[0], place) if stacked else ()
     if max(shape) > MAX_DIM or shape[0] * shape[1] * shape[2] > MAX_WEIGHTS:
         raise FormatError("shape_overflow", f"shape {shape}").at(**place)
-    if g["name"].startswith(RESERVED_PREFIX) or g["source"].startswith(RESERVED_PREFIX):
+    if is_reserved(g["name"]) or is_reserved(g["source"]):
         raise FormatError("reserved_name").at(**place)
     return GroupInfo(
         g["name"],

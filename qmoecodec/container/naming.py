@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from qmoecodec.container.metadata import FLOAT_DTYPES, MAX_NAME, RESERVED_PREFIX
+from qmoecodec.container.metadata import FLOAT_DTYPES, MAX_NAME, is_reserved
 from qmoecodec.types import MAX_DIM
 
 #: Roles of a group's tensors (spec §6.2).
@@ -122,7 +122,7 @@ def name_groups(candidates: Iterable[Candidate], taken: Collection[str]) -> list
             if (
                 name not in used
                 and len(name.encode()) <= MAX_NAME
-                and not name.startswith(RESERVED_PREFIX)
+                and not is_reserved(name)
                 and not any(role_name(name, role) in taken for role in ROLES)
             ):
                 break

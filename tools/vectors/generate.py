@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "spec")]
 import reference_decoder  # type: ignore[import-not-found, unused-ignore]  # noqa: E402
 
 from vectors import (  # noqa: E402
+    gaps,
     invalid_files,
     invalid_groups,
     invalid_metadata,
@@ -168,6 +169,7 @@ def committed() -> Iterator[Vector]:
         limits.dictionaries,
         limits.names,
         limits.indexes,
+        gaps.reserved,
     ):
         yield from fixed()
 

@@ -48,6 +48,7 @@ static int order(Span a, Span b) {
 static Span word(const char *text) { return (Span){(const uint8_t *)text, strlen(text)}; }
 static bool equals(Span a, const char *text) { return order(a, word(text)) == 0; }
 static bool begins(Span a, const char *text) { return a.n >= strlen(text) && memcmp(a.p, text, strlen(text)) == 0; }
+static bool is_reserved(Span a) { return begins(a, "qmoecodec.") || equals(a, "__metadata__"); } /* REQ-MET-013 */
 static bool is_digit(uint8_t c) { return c >= '0' && c <= '9'; }
 static uint64_t hash(Span s, uint64_t h) { for (size_t i = 0; i < s.n; i++) h = (h ^ s.p[i]) * 0x100000001B3; return h; }
 static Set new_set(uint64_t n) { return (Set){take(2 * n + 1, sizeof(Slot)), 2 * n + 1}; }
@@ -335,7 +336,7 @@ static void read_group(Group *g, const Json *m, const Group *before) {
     need(!g->stacked || count == g->shape[0], "metadata_schema");
     need((g->shape[0] | g->shape[1] | g->shape[2]) >> 31 == 0, "shape_overflow"); /* REQ-GRP-006 */
     need(product(g->shape, 3, (uint64_t)1 << 62, &all), "shape_overflow");
-    need(!begins(g->name, "qmoecodec.") && !begins(source, "qmoecodec."), "reserved_name"); /* REQ-MET-013 */
+    need(!is_reserved(g->name) && !is_reserved(source), "reserved_name");
 }
 static void read_metadata(File *f, Span text) {
     bool canonical_text; const Json *root = parse(text, METADATA, &canonical_text), *m;
@@ -352,7 +353,7 @@ static void read_metadata(File *f, Span text) {
         read_group(g, m, g == f->groups ? NULL : g - 1);
     f->passthrough = take(passthrough->count, sizeof(Passthrough));
     for (m = passthrough->first; m != NULL; m = m->next, f->n_passthrough++) {
-        f->passthrough[f->n_passthrough] = (Passthrough){m->key, read_crc(m), NULL}; need(!begins(m->key, "qmoecodec."), "reserved_name");
+        f->passthrough[f->n_passthrough] = (Passthrough){m->key, read_crc(m), NULL}; need(!is_reserved(m->key), "reserved_name");
     }
 }
 /* ---- Source names (REQ-GRP-005, REQ-SHD-006): too many to spell them all out, so a table of hashes ---------------------- */
