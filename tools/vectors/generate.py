@@ -170,6 +170,7 @@ def committed() -> Iterator[Vector]:
         limits.names,
         limits.indexes,
         gaps.reserved,
+        gaps.features,
     ):
         yield from fixed()
 
