@@ -171,6 +171,8 @@ def committed() -> Iterator[Vector]:
         limits.indexes,
         gaps.reserved,
         gaps.features,
+        gaps.order,
+        gaps.directories,
     ):
         yield from fixed()
 

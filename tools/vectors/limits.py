@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,18 +64,19 @@ def names() -> Iterator[Vector]:
 
     def fault(draft: Draft) -> None:
         draft.metadata["groups"][0] |= {"shape": [n, 0, 0], "source": source, "expert_ranges": [[0, n]], "row_length_base": 0}
-        for role, dtype, shape, size in (
-            ("codes", "U8", [0], 0),
-            ("code_offsets", "U64", [n + 1], 8 * (n + 1)),
-            ("row_lengths", "U8", [n, 0], 0),
-            ("levels", "F32", [n, 0, 2], 0),
-            ("dictionary_index", "U8", [n], n),
-            ("checksums", "U32", [n], 4 * n),
+        checksum = struct.pack("<I", zlib.crc32(bytes(17)))  # of an expert's index and offsets
+        for role, dtype, shape, data in (
+            ("codes", "U8", [0], b""),
+            ("code_offsets", "U64", [n + 1], bytes(8 * (n + 1))),
+            ("row_lengths", "U8", [n, 0], b""),
+            ("levels", "F32", [n, 0, 2], b""),
+            ("dictionary_index", "U8", [n], bytes(n)),
+            ("checksums", "U32", [n], checksum * n),
         ):
-            draft.tensors[f"a_{role}"] = Tensor(dtype, shape, bytes(size))
+            draft.tensors[f"a_{role}"] = Tensor(dtype, shape, data)
         last = source.replace("{}", str(n - 1))
         draft.tensors[last] = PLAIN["bias"]
-        draft.metadata["passthrough"][last] = ""
+        draft.metadata["passthrough"][last] = "00000000"
 
     for vector in broken("groups", [("source-names", "source_conflict", "GEN-002 GRP-005", fault)]):
         vector.id, vector.gzip = "limit/source-names", True
