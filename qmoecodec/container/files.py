@@ -101,10 +101,23 @@ def atomic_file(path: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.Path
     fsync_directory(path.parent)
 
 
+def exchange(one: pathlib.Path, other: pathlib.Path) -> bool:
+    """Let two names trade places in one step; False where system or file system cannot (Linux can, on most)."""
+    import ctypes
+
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    if renameat2 is None:
+        return False
+    here, flags = ctypes.c_int(-100), ctypes.c_uint(2)  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), flags) == 0)
+
+
 @contextlib.contextmanager
 def atomic_directory(path: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.Path]:
     """Yield a temporary directory; it takes the place of `path` at the end, or leaves no trace on failure.
 
+    Where the two cannot trade places (see `exchange`) the old directory is renamed first: a process that is killed between
+    the two renames leaves nothing at `path`, and the old directory under its temporary name.
     Raises FileExistsError where `path` exists, unless it is an empty directory, or a checkpoint that may be overwritten.
     """
     if not path.parent.is_dir():
@@ -124,15 +137,18 @@ def atomic_directory(path: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib
         yield temporary
         for directory, _, _ in os.walk(temporary):
             fsync_directory(pathlib.Path(directory))
-        old = _temporary_name(path)
-        try:
-            if path.exists():
-                os.rename(path, old)
-            os.rename(temporary, path)
-        except BaseException:
-            if old.exists() and not path.exists():
-                os.rename(old, path)
-            raise
+        if path.exists() and exchange(temporary, path):
+            old = temporary
+        else:
+            old = _temporary_name(path)
+            try:
+                if path.exists():
+                    os.rename(path, old)
+                os.rename(temporary, path)
+            except BaseException:
+                if old.exists() and not path.exists():
+                    os.rename(old, path)
+                raise
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         _name_file(error, path)

@@ -12,6 +12,7 @@ import pathlib
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,38 +26,44 @@ import pytest
 import safetensors.numpy
 
 import qmoecodec
+from qmoecodec.container.files import exchange
 
 LEFT_BEHIND = re.compile(r"\.[^/]{1,100}\.[0-9a-f]{12}\.tmp")
 
-# Answers each line `COMMAND TAB SOURCE TAB TARGET TAB STEP` by forking a child that runs the command; the child kills
-# itself before its STEP-th system call that changes something, or runs on where STEP is 0. What Numba compiles is
-# compiled before.
+# Answers each line `COMMAND TAB SOURCE TAB TARGET TAB STEP TAB MODE` by forking a child that runs the command; the child
+# kills itself before its STEP-th system call that changes something, or runs on where STEP is 0. In the mode "renames" two
+# directories cannot trade places. What Numba compiles is compiled before.
 NURSERY = """
 import os, signal, sys
 import qmoecodec
+from qmoecodec.container import files
 
 def warm(folder):
     qmoecodec.pack(f"{folder}/source.safetensors", f"{folder}/warm.safetensors")
     qmoecodec.unpack(f"{folder}/warm.safetensors", f"{folder}/warm-dense.safetensors")
 
-def deadly(name, step, count):
-    real = getattr(os, name)
+def deadly(module, name, step, count):
+    real = getattr(module, name)
     def wrapped(*args, **kwargs):
         count[0] += 1
         if count[0] == step:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **kwargs)
-    setattr(os, name, wrapped)
+    setattr(module, name, wrapped)
 
 warm(sys.argv[1])
 print("ready", flush=True)
 for line in sys.stdin:
-    command, source, target, step = line.rstrip("\\n").split("\\t")
+    command, source, target, step, mode = line.rstrip("\\n").split("\\t")
     pid = os.fork()
     if pid == 0:
         count = [0]
         for name in ("open", "pwrite", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir"):
-            deadly(name, int(step), count)
+            deadly(os, name, int(step), count)
+        if mode == "renames":
+            files.exchange = lambda one, other: False
+        else:
+            deadly(files, "exchange", int(step), count)
         status = 1
         try:
             getattr(qmoecodec, command)(source, target)
@@ -97,10 +104,11 @@ class Nursery:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
-    def run(self, command: str, source: pathlib.Path, target: pathlib.Path, *, step: int = 0, after: float | None = None) -> int:
+    def run(self, command: str, source: pathlib.Path, target: pathlib.Path, *, step: int = 0, after: float | None = None,
+            mode: str = "exchange") -> int:  # fmt: skip
         """Run a command to its end, to its death at a step, or for some seconds; return its exit status."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{command}\t{source}\t{target}\t{step}\n")
+        self.process.stdin.write(f"{command}\t{source}\t{target}\t{step}\t{mode}\n")
         self.process.stdin.flush()
         pid = int(self.line())
         if after is not None:
@@ -162,14 +170,17 @@ class Case:
             self.target.write_text("old")
         return contents(self.target)
 
-    def check(self, old: dict[str, str] | None, *, again: bool = True) -> str:
-        """Return what is there after a kill: old, whole, or absent; anything else is a failure. `again`: then run it again."""
+    def check(self, old: dict[str, str] | None, *, again: bool = True, gap: bool = False) -> str:
+        """Return what is there after a kill: old, whole, or absent; anything else is a failure.
+
+        again : then run it again;  gap : what was there may be gone, if it is there under its temporary name
+        """
         found = contents(self.target)
         rest = [path.name for path in self.folder.iterdir() if path != self.target]
         assert all(LEFT_BEHIND.fullmatch(name) for name in rest), rest
         assert len(rest) <= 2
         if found is None and old is not None:  # a directory's old name is gone before the new one has it
-            assert self.directory
+            assert gap
             assert any(contents(self.folder / name) == old for name in rest)
             state = "absent"
         else:
@@ -181,19 +192,35 @@ class Case:
         return state
 
 
-@pytest.mark.parametrize("directory", [False, True], ids=["file", "directory"])
+def can_exchange(folder: pathlib.Path) -> bool:
+    names = [folder / name for name in "ab"]
+    for name in names:
+        name.mkdir()
+        (name / f"was {name.name}").touch()
+    done = exchange(*names)
+    assert [path.name for path in names[0].iterdir()] == [f"was {'b' if done else 'a'}"]
+    for name in names:
+        shutil.rmtree(name)
+    return done
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "directory by renames"])
 @pytest.mark.parametrize("command", ["pack", "unpack"])
-def test_killed_at_every_step(tmp_path: pathlib.Path, nursery: Nursery, command: str, directory: bool) -> None:
+def test_killed_at_every_step(tmp_path: pathlib.Path, nursery: Nursery, command: str, kind: str) -> None:
     """SIGKILL before each system call that changes something."""
+    directory, mode = kind != "file", "renames" if kind == "directory by renames" else "exchange"
+    if kind == "directory" and not can_exchange(tmp_path):
+        pytest.skip("names cannot trade places here")
     case = Case(nursery, tmp_path, command, directory=directory)
     states = []
     for step in range(1, 1000):
         old = case.before("old" if step % 2 or directory else "none")
-        status = case.nursery.run(command, case.source, case.target, step=step)
+        status = case.nursery.run(command, case.source, case.target, step=step, mode=mode)
         if status == 0:
             break
         assert status == -signal.SIGKILL
-        states.append(case.check(old, again=step % 3 == 0))
+        states.append(case.check(old, again=step % 3 == 0, gap=mode == "renames"))
+    assert ("absent" in states) == (mode == "renames") or not directory
     assert len(states) >= 7 and states[0] == "old" and states[-1] == "whole", states
     assert command == "unpack" or qmoecodec.verify(case.target, deep=True).ok
     assert contents(case.target) == case.whole
