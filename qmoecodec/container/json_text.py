@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from json.decoder import scanstring  # type: ignore[attr-defined]  # typeshed leaves it out; the C scanner of strings
 from typing import Any, Final
@@ -13,6 +14,8 @@ from qmoecodec.errors import FormatError
 MAX_DEPTH: Final = 16
 MAX_NUMBER: Final = 2**63 - 1
 MAX_VALUES: Final = 1 << 20
+#: Of an integer that is kept exactly where any number may stand.
+MAX_DIGITS: Final = 1000
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
@@ -98,7 +101,10 @@ class Reader:
         literal = match[0]
         if self.any_number:
             self.at = match.end()
-            return int(literal) if literal.isdigit() and len(literal) < 20 else float(literal)
+            if literal.lstrip("-").isdigit() and len(literal) <= MAX_DIGITS:
+                return int(literal)
+            # Beyond the largest double there is only infinity, which JSON cannot write.
+            return max(-sys.float_info.max, min(sys.float_info.max, float(literal)))
         if not literal.isdigit():
             raise self.fail("json_number", f"{literal[:40]} is not an integer in 0..2^63-1")
         if len(literal) > 19 or int(literal) > MAX_NUMBER:

@@ -191,6 +191,30 @@ def test_index_and_shards_must_agree(tmp_path: pathlib.Path, what: str) -> None:
     assert reason() == "json_number"
 
 
+def test_an_index_that_is_a_pipe(tmp_path: pathlib.Path) -> None:
+    """It is neither read, which would wait for a writer, nor taken for an index that is not there."""
+    pack(write_checkpoint(tmp_path / "in", 1), tmp_path / "packed")
+    os.mkfifo(tmp_path / "packed" / "model.safetensors.index.json")
+    assert [problem.reason for problem in verify(tmp_path / "packed").problems] == ["shard_path"]
+
+
+def test_numbers_of_an_index_are_written_again(tmp_path: pathlib.Path) -> None:
+    """Whatever they are, the index is JSON: integers as they were, others as the nearest number that a double holds."""
+    folder = write_checkpoint(tmp_path / "in", 3)
+    index = folder / "model.safetensors.index.json"
+    numbers = '"a": 123456789012345678901234567890, "b": [1e999, -1E+999, 0.5], "c": -7, "d": -0.0, "e": ' + "9" * 1001
+    index.write_text(index.read_text().replace('"total_parameters": 2.5', numbers))
+    pack(folder, tmp_path / "packed", max_shard_size=2_500)
+    unpack(tmp_path / "packed", tmp_path / "out", max_shard_size=2_500)
+    for written in (tmp_path / "packed", tmp_path / "out"):
+        assert verify(tmp_path / "packed").ok
+        metadata = json.loads((written / index.name).read_text(), parse_constant=pytest.fail)["metadata"]
+        largest = 1.7976931348623157e308
+        assert metadata["a"] == 123456789012345678901234567890
+        assert (metadata["b"], metadata["c"], metadata["e"]) == ([largest, -largest, 0.5], -7, largest)
+        assert str(metadata["d"]) == "-0.0"
+
+
 def test_two_shards_with_the_same_tensor(tmp_path: pathlib.Path) -> None:
     folder = write_checkpoint(tmp_path / "in", 3)
     safetensors.numpy.save_file({"steps": MODEL["steps"]}, folder / "more.safetensors")
