@@ -1,86 +1,514 @@
-"""Run every kernel under compute-sanitizer: memcheck, racecheck and initcheck must find nothing."""
+"""Run every kernel, and the conformance vectors, under compute-sanitizer: its tools must find nothing.
+
+Two steps, because of initcheck. It must see every write, so it cannot leave out kernels of other libraries (a filter makes all
+that torch wrote look uninitialised: a report per byte that ours read); and with them it patches all that torch loads, which
+takes longer than anybody waits.
+  1. Record, without a tool: the package runs as ever, and each launch is written down with its compiled code, its arguments, and
+     every byte of their memory that did not come from one of our kernels. Memory from torch.empty is poisoned, to tell
+     what has been written.
+  2. Replay (gpu_replay.py) under each tool: the same launches from a process that has nothing else in it.
+"""
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import contextlib
 import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
-TOOLS = ("memcheck", "racecheck", "initcheck")
+import numpy as np
+
+TOOLS = ("initcheck", "memcheck", "racecheck", "synccheck")
+POISON = 0xA5
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+VECTOR_PARTS = 6
+
+# ---- recording -------------------------------------------------------------------------------------------------------
 
 
-def exercise(*, quick: bool) -> None:
-    """Run every kernel on small input, damaged input too; quick: with one shape and two dictionaries."""
-    import numpy as np
+class Pointer(int):
+    """An address, and the tensor that it came from."""
+
+    tensor: Any
+
+
+class Recorder:
+    """Writes down the launches of the package between `install` and `save`."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+        self.operations: list[Any] = []
+        self.blob = bytearray()
+        self.buffers: dict[int, tuple[int, Any, Any]] = {}  # address: number, storage, content as it will be in the replay
+        self.poisoned: dict[int, Any] = {}
+        self.forms: set[tuple[str, ...]] = set()
+        self.n_buffers = 0
+
+    def install(self) -> None:
+        """Put this recorder between the package, torch and CuPy."""
+        import cupy
+        import torch
+
+        from qmoecodec_gpu import modules
+
+        self.torch, self.cupy, self.raw_module = torch, cupy, cupy.RawModule
+        empty = torch.empty
+
+        def poisoned_empty(*args: Any, **options: Any) -> Any:
+            made = empty(*args, **options)
+            if made.is_cuda and made.numel():
+                self._bytes(made.untyped_storage()).fill_(POISON)
+                self.poisoned[made.untyped_storage().data_ptr()] = made
+            return made
+
+        def pointer(tensor: Any) -> int:
+            if tensor is None or not tensor.numel():
+                return 0
+            found = Pointer(tensor.data_ptr())
+            found.tensor = tensor
+            return found
+
+        torch.empty = poisoned_empty
+        modules.pointer = pointer
+        cupy.RawModule = self.module
+
+    def _bytes(self, storage: Any) -> Any:
+        view = self.torch.tensor([], dtype=self.torch.uint8, device="cuda")
+        return view.set_(storage, 0, (storage.nbytes(),))
+
+    def module(self, *, code: str, options: tuple[str, ...], backend: str) -> RecordedModule:
+        """Compile as CuPy does, and keep the result."""
+        from cupy.cuda import Device, nvrtc
+
+        text = "\0".join([code, *options])
+        path = self.folder.parent / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.cubin"
+        if backend != "nvrtc":
+            raise ValueError(f"backend {backend}")
+        program = nvrtc.createProgram(code, "kernel.cu", [], [])
+        nvrtc.compileProgram(program, [*options, f"-arch=sm_{Device().compute_capability}", "-lineinfo"])
+        path.write_bytes(nvrtc.getCUBIN(program))
+        forms = tuple(sorted(option for option in options if option.startswith("-D")))
+        return RecordedModule(self, self.raw_module(path=str(path)), path.name, forms)
+
+    def case(self, name: str) -> None:
+        """Begin a case; the memory of the one before is forgotten."""
+        print(f"recording {name}", flush=True)
+        self.operations.append(["case", name])
+        self.buffers.clear()
+        self.poisoned.clear()
+        self.torch.cuda.empty_cache()
+
+    def store(self, data: bytes) -> tuple[int, int]:
+        at = len(self.blob)
+        self.blob += data
+        return at, len(data)
+
+    def before(self, pointer: Pointer) -> list[int]:
+        """Bring the replay's copy of a buffer up to date; return its number and the offset of the pointer."""
+        storage = pointer.tensor.untyped_storage()
+        address = storage.data_ptr()
+        content = self._bytes(storage).cpu().numpy()
+        if address not in self.buffers:
+            number, known = self.n_buffers, np.full(len(content), POISON, np.uint8)
+            self.n_buffers += 1
+            self.operations.append(["allocate", number, len(content)])
+            changed = content != known if address in self.poisoned else np.ones(len(content), bool)
+        else:
+            number, _, known = self.buffers[address]
+            changed = content != known
+        self.buffers[address] = (number, pointer.tensor, content)
+        for begin, end in runs(changed):
+            self.operations.append(["upload", number, begin, *self.store(content[begin:end].tobytes())])
+        return [number, int(pointer) - address]
+
+    def launch(self, cubin: str, name: str, forms: tuple[str, ...], kernel: Any, grid: tuple[int, ...],
+               block: tuple[int, ...], args: tuple[Any, ...], shared_mem: int) -> None:  # fmt: skip
+        """Record one launch, and let it happen."""
+        self.torch.cuda.synchronize()
+        pointers = [a for a in args if isinstance(a, Pointer)]
+        arguments: list[Any] = []
+        for a in args:
+            if isinstance(a, Pointer):
+                arguments.append(self.before(a))
+            elif isinstance(a, np.generic):
+                arguments.append(a.tobytes().hex())
+            elif isinstance(a, int) and abs(a) < 1 << 40:
+                arguments.append((a & (1 << 64) - 1).to_bytes(8, "little").hex())
+            else:
+                raise ValueError(f"{name}: argument {a!r} is neither a number nor an address from modules.pointer")
+        if len(grid) != 1 or len(block) != 1:
+            raise ValueError(f"{name}: the replay takes one dimension, not {grid}, {block}")
+        self.operations.append(["launch", cubin, name, grid[0], block[0], shared_mem, arguments])
+        self.forms.add((name, *forms))
+        kernel(grid, block, tuple(int(a) if isinstance(a, Pointer) else a for a in args), shared_mem=shared_mem)
+        self.torch.cuda.synchronize()
+        for address in {p.tensor.untyped_storage().data_ptr(): None for p in pointers}:
+            number, tensor, known = self.buffers[address]
+            content = self._bytes(tensor.untyped_storage()).cpu().numpy()
+            self.buffers[address] = (number, tensor, content)
+            if name != "route_tokens":  # items stand in the order in which threads came
+                for begin, end in runs(content != known):
+                    self.operations.append(["compare", number, begin, *self.store(content[begin:end].tobytes()), name])
+
+    def save(self) -> None:
+        """Write the recording."""
+        self.folder.mkdir(parents=True)
+        (self.folder / "operations.json").write_text(json.dumps(self.operations))
+        (self.folder / "blob").write_bytes(self.blob)
+        (self.folder / "forms.json").write_text(json.dumps(sorted(self.forms)))
+
+
+class RecordedModule:
+    """A loaded module whose kernels write down their launches."""
+
+    def __init__(self, recorder: Recorder, module: Any, cubin: str, forms: tuple[str, ...]) -> None:
+        self.recorder, self.module, self.cubin, self.forms = recorder, module, cubin, forms
+
+    def get_function(self, name: str) -> RecordedKernel:
+        return RecordedKernel(self, name, self.module.get_function(name))
+
+
+class RecordedKernel:
+    """A kernel that writes down its launches."""
+
+    def __init__(self, module: RecordedModule, name: str, kernel: Any) -> None:
+        self.__dict__.update(module=module, name=name, kernel=kernel)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kernel, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.kernel, name, value)
+
+    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], *, shared_mem: int = 0) -> None:
+        module = self.module
+        module.recorder.launch(module.cubin, self.name, module.forms, self.kernel, grid, block, args, shared_mem)
+
+
+def runs(changed: Any) -> Iterator[tuple[int, int]]:
+    """Return the stretches that changed; gaps of a few bytes are bytes that came to hold what they held."""
+    places = np.flatnonzero(changed)
+    if not len(places):
+        return
+    cuts = np.flatnonzero(np.diff(places) > 16)
+    begins = [places[0], *places[cuts + 1]]
+    ends = [*places[cuts], places[-1]]
+    for begin, end in zip(begins, ends, strict=True):
+        yield int(begin), int(end) + 1
+
+
+# ---- what is recorded ------------------------------------------------------------------------------------------------
+
+
+def symmetric(p_zero: float, code_bits: int = 8) -> Any:
+    from qmoecodec.dictionary import aivf
+
+    return aivf.build((1 - p_zero) / 2, p_zero, (1 - p_zero) / 2, code_bits=code_bits)
+
+
+def five_digits() -> Any:
+    """A table of 8-bit codewords: all strings of five digits."""
+    from qmoecodec.dictionary import table_from_phrases
+
+    return table_from_phrases([bytes((n // 3**k) % 3 for k in range(5)) for n in range(243)] + [b""] * 13, code_bits=8)
+
+
+def paper_table() -> Any:
+    from qmoecodec.dictionary import qmoe2023
+
+    return qmoe2023.table()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A group of drawn digits, and what is done with it.
+
+    tokens : how many are multiplied, in turn
+    sparse : P(0) of the digits; rows differ
+    """
+
+    make: Callable[[], Any]
+    shape: tuple[int, int, int]
+    tokens: tuple[int, ...]
+    sparse: float = 0.885
+    levels: str = "bfloat16"
+    x: str = "bfloat16"
+    layout: str = "auto"
+    recode: bool = False
+
+
+# By name, in lists that are recorded at the same time. Shapes are the least that reach a form (plan.py).
+CASES: dict[str, dict[str, Case]] = {
+    "usual": {
+        "4 lanes, one block, all classes": Case(lambda: symmetric(0.885), (3, 37, 520), (1, 2, 3, 7, 30, 80)),
+        "32 lanes, one block": Case(lambda: symmetric(0.885), (2, 9, 6144), (1, 30)),
+        "16 lanes, tiles of 32 rows": Case(lambda: symmetric(0.885), (1, 1100, 3072), (40,)),
+        "tiles of 128 rows": Case(lambda: symmetric(0.885), (1, 4300, 64), (80,)),
+    },
+    "orders": {
+        "natural order for 8": Case(lambda: symmetric(0.885), (2, 19, 1031), (1, 30)),
+        "natural order for 1": Case(lambda: symmetric(0.885), (2, 5, 14000), (1, 12)),
+        "natural order for 4": Case(lambda: symmetric(0.885), (2, 3, 20200), (1, 12)),
+        "long phrases": Case(lambda: symmetric(0.95), (2, 9, 3072), (1, 12), sparse=0.95),
+    },
+    "dense": {
+        "7 nonzeros, 32 lanes, several blocks": Case(lambda: symmetric(1 / 3), (2, 5, 6144), (1, 9, 40), sparse=1 / 3),
+        "5 nonzeros, 8 lanes": Case(lambda: symmetric(0.5), (2, 9, 1031), (1, 9), sparse=0.5),
+        "3 nonzeros, 4 lanes, several blocks": Case(lambda: symmetric(0.8), (2, 13, 1031), (1, 9), sparse=0.8),
+        "3 nonzeros, 16 lanes, several blocks": Case(lambda: symmetric(0.7), (2, 7, 3072), (1, 40), sparse=0.7),
+        "a table": Case(five_digits, (2, 9, 520), (1, 9, 40), sparse=0.8),
+    },
+    "types": {
+        "float16": Case(lambda: symmetric(0.885), (2, 9, 520), (1, 9, 40), levels="float16", x="float16"),
+        "float32 levels": Case(lambda: symmetric(0.885), (2, 9, 520), (1, 9, 40), levels="float32", x="float16"),
+        "float64 levels": Case(lambda: symmetric(0.885), (2, 9, 48), (3,), levels="float64"),
+        "one weight": Case(lambda: symmetric(0.885), (1, 1, 1), (1, 3)),
+        "few columns": Case(lambda: symmetric(0.885), (3, 5, 31), (1, 9)),
+        "all zero": Case(lambda: symmetric(0.885), (2, 5, 3072), (1, 9), sparse=1.0),
+    },
+    "general": {
+        "file order": Case(lambda: symmetric(0.885), (3, 7, 520), (1, 2, 30), layout="file"),
+        "12 bit": Case(lambda: symmetric(0.885, 12), (3, 7, 521), (1, 30)),
+        "16 bit": Case(lambda: symmetric(0.885, 16), (2, 7, 3001), (1, 30)),
+        "table of 16 bit, recoded": Case(paper_table, (2, 7, 600), (1, 9), recode=True),
+        "too sparse for the gather kernel": Case(lambda: symmetric(0.99), (2, 7, 9000), (1, 9), sparse=0.99),
+    },
+}
+
+
+def draw(shape: tuple[int, int, int], sparse: float, rng: np.random.Generator) -> Any:
+    """Digits, int8[experts, rows, cols]; some rows sparser than the rest."""
+    p_zero = np.where(rng.random((*shape[:2], 1)) < 0.25, (1 + sparse) / 2, sparse)
+    draws = rng.random(shape)
+    return np.where(draws < p_zero, 0, np.where(draws < (1 + p_zero) / 2, -1, 1)).astype(np.int8)
+
+
+def run_case(case: Case, rng: np.random.Generator) -> None:
+    """Encode, load, decode, multiply; and the same with damage."""
     import torch
 
     import qmoecodec
-    from qmoecodec.dictionary import aivf, table_from_phrases
-    from qmoecodec_gpu import backend, encoding, matvec
+    from qmoecodec_gpu import encoding, matvec
     from qmoecodec_gpu.experts import GpuExperts
 
-    backend.load()
-    rng = np.random.default_rng(0)
-    table = table_from_phrases([bytes((n // 3**k) % 3 for k in range(5)) for n in range(243)] + [b""] * 13, code_bits=8)
-    sparse, dense, wide = (aivf.build(1 - p, 2 * p, 1 - p, code_bits=b) for p, b in ((0.885, 8), (0.4, 8), (0.885, 12)))
-    found = damaged = 0
-    for dictionary in (sparse, wide) if quick else (sparse, dense, wide, table):
-        for shape in ((3, 37, 520), (2, 5, 31), (1, 1, 1))[: 1 if quick else 3]:
-            draws = rng.random(shape)
-            digits = np.where(draws < 0.8, 0, np.where(draws < 0.9, -1, 1)).astype(np.int8)
-            staged = encoding.encode(torch.from_numpy(digits).cuda(), dictionary)
-            encoded = encoding.to_encoded(staged, dictionary)
-            levels = torch.stack([-torch.rand(shape[:2]) - 0.1, torch.rand(shape[:2]) + 0.1], -1).bfloat16()
-            for layout in ("auto", "file"):
-                experts = GpuExperts.load(encoded, levels, layout=layout)
-                if not (experts.decode().cpu().numpy() == digits).all():
-                    raise AssertionError("decode is wrong")
-                experts.decode(dtype=torch.bfloat16)
-                for tokens in (1, 3, 80) if quick else (1, 3, 30, 600) if layout == "auto" else (1, 8):
-                    x = torch.randn(tokens, shape[2], device="cuda").bfloat16()
-                    expert = torch.from_numpy(rng.integers(-1, shape[0] + 1, size=tokens)).cuda()
-                    y = matvec.grouped_matvec(experts, x, expert)
-                    good = (expert >= -1) & (expert < shape[0])
-                    if not bool(y[good].isfinite().all()):
-                        raise AssertionError("an output was not written")
-            for _ in range(4):
-                codes = encoded.codes.copy()
-                codes[rng.integers(codes.size)] ^= np.uint8(1 << rng.integers(8))
-                damaged += 1
-                try:
-                    GpuExperts.load(dataclasses.replace(encoded, codes=codes), levels)
-                except qmoecodec.FormatError:
-                    found += 1
-    torch.cuda.synchronize()
-    print(f"exercised; {found} of {damaged} damaged inputs were rejected, the others are valid encodings of other digits")
+    n_experts, _, cols = case.shape
+    dictionary = case.make()
+    digits = draw(case.shape, case.sparse, rng)
+    staged = encoding.encode(torch.from_numpy(digits).cuda(), dictionary)
+    encoded = encoding.to_encoded(staged, dictionary)
+    pairs = np.stack([-rng.random(case.shape[:2]) - 0.1, rng.random(case.shape[:2]) + 0.1], -1)
+    levels = torch.from_numpy(pairs).to(getattr(torch, case.levels))
+    experts = GpuExperts.load(encoded, levels, layout=case.layout, recode=case.recode)
+    if not (experts.decode().cpu().numpy() == digits).all():
+        raise AssertionError("decode is wrong")
+    experts.decode(0, dtype=torch.bfloat16)
+    experts.decode(dtype=torch.float16)
+    for tokens in case.tokens:
+        x = torch.from_numpy(rng.standard_normal((tokens, cols))).to("cuda", getattr(torch, case.x))
+        # Few experts, so that items are large; the last tokens of many go nowhere.
+        numbers = rng.integers(0, n_experts, size=tokens) if tokens < 40 else np.zeros(tokens, np.int64)
+        if tokens > 8:
+            numbers[-2:] = (-1, n_experts)
+        y = matvec.grouped_matvec(experts, x, torch.from_numpy(numbers).cuda())
+        good = (numbers >= 0) & (numbers < n_experts)
+        if not bool(y.float().cpu()[good].isfinite().all()):
+            raise AssertionError("an output was not written")
+    matvec.matvec(experts, x[0], 0)
+    for _ in range(6):
+        codes = encoded.codes.copy()
+        codes[rng.integers(codes.size)] ^= np.uint8(1 << rng.integers(8))
+        with contextlib.suppress(qmoecodec.FormatError):
+            GpuExperts.load(dataclasses.replace(encoded, codes=codes), levels).decode()
 
 
-def main() -> None:
-    """Run the tools and print their summaries."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--exercise", action="store_true", help="run the kernels, without a tool")
-    parser.add_argument("--quick", action="store_true", help="less input: initcheck takes minutes with all")
+def record_cases(recorder: Recorder, name: str) -> None:
+    """Record one list of cases."""
+    rng = np.random.default_rng(sorted(CASES).index(name))
+    for title, case in CASES[name].items():
+        recorder.case(title)
+        run_case(case, rng)
+
+
+def record_rest(recorder: Recorder) -> None:
+    """Record what is not about one group: several dictionaries, two matrices, sorting, encoding."""
+    import torch
+
+    import qmoecodec
+    from qmoecodec_gpu import encoding, matvec
+    from qmoecodec_gpu.experts import GpuExperts
+
+    rng = np.random.default_rng(99)
+
+    def load(digits: Any, bank: Any) -> GpuExperts:
+        levels = torch.stack([-torch.rand(digits.shape[:2]) - 0.1, torch.rand(digits.shape[:2]) + 0.1], -1)
+        return GpuExperts.load(qmoecodec.encode(digits, dictionary=bank), levels.bfloat16())
+
+    recorder.case("several dictionaries")
+    digits = np.concatenate([draw((1, 24, 1504), p, rng) for p in (0.8, 0.95, 0.5, 0.82)])
+    experts = load(digits, [symmetric(p) for p in (0.8, 0.95, 0.5)])
+    for numbers in ([0, 1, 2, 3], [3] * 20 + [2] * 20 + [1, 0, 0]):
+        x = torch.randn(len(numbers), 1504).bfloat16().cuda()
+        matvec.grouped_matvec(experts, x, torch.tensor(numbers, device="cuda"))
+    matvec.matmul(experts, x[:40], 2)
+    matvec.matmul(experts, torch.randn(60, 1504).bfloat16().cuda(), 1)
+
+    recorder.case("two matrices")
+    wi, wo = load(draw((5, 96, 64), 0.85, rng), symmetric(0.8)), load(draw((5, 64, 96), 0.85, rng), symmetric(0.8))
+    for tokens in (9, 90):
+        x = torch.randn(tokens, 64).bfloat16().cuda()
+        numbers = torch.from_numpy(rng.integers(0, 5, size=tokens)).cuda()
+        matvec.moe_mlp(x, numbers, wi, wo, scale=torch.rand(tokens).cuda())
+
+    recorder.case("tokens sorted by torch")
+    for largest in (1, 8, 64):
+        numbers = torch.from_numpy(rng.integers(-2, 10, size=700)).cuda()
+        matvec.route(numbers, n_experts=8, largest=largest)
+
+    for shape in ((1, 3, 6144), (1, 3, 6145), (1, 1, 70000), (2, 130, 600), (1, 2, 200)):
+        recorder.case(f"encode {shape}")
+        for make in (lambda: symmetric(0.885), lambda: symmetric(0.5), lambda: symmetric(0.885, 12), five_digits):
+            digits = draw(shape, 0.885, rng)
+            digits[:, -1] = 0
+            encoding.encode(torch.from_numpy(digits).cuda(), make())
+
+
+def record_vectors(recorder: Recorder, part: int) -> None:
+    """Record what the device does with the groups of every vector that opens: loading them as they are, decoding, a product."""
+    import torch
+
+    import qmoecodec
+    from qmoecodec_gpu import matvec
+    from qmoecodec_gpu.experts import GpuExperts
+
+    sys.path.insert(0, str(ROOT))
+    from tests.gpu import vector_groups
+
+    counts = {"valid": 0, "rejected": 0}
+    for name, group in vector_groups.groups(part, VECTOR_PARTS):
+        recorder.case(name)
+        for layout in ("auto", "file"):
+            try:
+                experts = GpuExperts.load(group.encoded, group.levels, dtype=group.dtype, layout=layout)
+            except qmoecodec.FormatError:
+                counts["rejected"] += 1
+                continue
+            counts["valid"] += 1
+            experts.decode()
+            experts.decode(dtype=torch.bfloat16)
+            if experts.shape[0] and experts.shape[2]:
+                x = torch.ones(2, experts.shape[2]).bfloat16().cuda()
+                matvec.grouped_matvec(experts, x, torch.zeros(2, dtype=torch.int64).cuda())
+    print(f"vectors, part {part}: {counts}", flush=True)
+
+
+def record(name: str, folder: pathlib.Path) -> None:
+    """Record one part of the work."""
+    recorder = Recorder(folder / name)
+    recorder.install()
+    if name in CASES:
+        record_cases(recorder, name)
+    elif name == "rest":
+        record_rest(recorder)
+    else:
+        record_vectors(recorder, int(name.removeprefix("vectors-")))
+    recorder.save()
+
+
+# ---- both steps ------------------------------------------------------------------------------------------------------
+
+
+def uncovered(forms: set[tuple[str, ...]]) -> list[str]:
+    """Say which kernels and forms no recording reaches."""
+    kernels = set()
+    for file in (ROOT / "gpu" / "qmoecodec_gpu" / "kernels").glob("*.cu"):
+        # extern "C" __global__ void [__launch_bounds__(..)] name(
+        text = re.sub(r"__launch_bounds__\([^)]*\)", "", file.read_text())
+        kernels |= set(re.findall(r'extern "C" __global__ void\s+(\w+)\(', text))
+    missing = sorted(kernels - {form[0] for form in forms})
+    gather = [dict(o[2:].split("=") for o in form[1:]) for form in forms if form[0] == "matvec_gather"]
+    for macro, values in (("NZ", "2357"), ("LANES", ("4", "8", "16", "32")), ("ONE", "01"), ("MAX_TOK", "148"),
+                          ("X_F16", "01"), ("LEVEL_KIND", "012")):  # fmt: skip
+        missing += [f"matvec_gather {macro}={v}" for v in sorted(set(values) - {form[macro] for form in gather})]
+    return missing
+
+
+def main() -> int:
+    """Record, then run the tools, and print a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", default=",".join(TOOLS))
+    parser.add_argument("--jobs", type=int, default=8, help="recordings at a time (8)")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for one tool (600)")
+    parser.add_argument("--no-vectors", action="store_true", help="leave the conformance vectors out")
+    parser.add_argument("--logs", type=pathlib.Path, help="a folder for the tools' whole output")
+    parser.add_argument("--record", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.exercise:
-        exercise(quick=arguments.quick)
-        return
+    if arguments.record:
+        record(arguments.record[0], pathlib.Path(arguments.record[1]))
+        return 0
+    logs = arguments.logs or pathlib.Path(tempfile.mkdtemp(prefix="sanitize-logs-"))
+    with tempfile.TemporaryDirectory(prefix="sanitize-") as folder:
+        return run(pathlib.Path(folder), logs, arguments)
+
+
+def run(folder: pathlib.Path, logs: pathlib.Path, arguments: argparse.Namespace) -> int:
+    """Do both steps; returns the exit status."""
+    begin = time.monotonic()
     failed = False
-    for tool in arguments.tools.split(","):
-        # Other libraries' kernels are not ours to judge.
-        ours = "kns=matvec,kns=matmul_tile,kns=_rows,kns=route_tokens,kns=shared_base"
-        command = ["compute-sanitizer", "--tool", tool, "--kernel-name", ours, "--error-exitcode", "1"]
-        command += [sys.executable, __file__, "--exercise", *(["--quick"] if arguments.quick else [])]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        lines = (done.stdout + done.stderr).splitlines()
-        summary = [line for line in lines if "SUMMARY" in line or "exercised" in line]
-        print(f"{tool}: {' | '.join(summary) or 'no summary'}")
-        if done.returncode:
-            failed = True
-            print("\n".join(lines[:60]))
-    sys.exit(failed)
+    names = [*CASES, "rest", *([] if arguments.no_vectors else [f"vectors-{k}" for k in range(VECTOR_PARTS)])]
+
+    def record_one(name: str) -> tuple[str, subprocess.CompletedProcess[str]]:
+        command = [sys.executable, __file__, "--record", name, str(folder)]
+        return name, subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        for name, done in pool.map(record_one, names):
+            (logs / f"record-{name}.log").write_text(done.stdout)
+            last = done.stdout.strip().splitlines()[-1:]
+            print(f"{time.monotonic() - begin:6.1f} s  recorded {name}: {last[0] if last else ''}", flush=True)
+            if done.returncode:
+                failed = True
+                print("\n".join(done.stdout.splitlines()[-25:]), flush=True)
+    forms = {tuple(form) for path in folder.glob("*/forms.json") for form in json.loads(path.read_text())}
+    missing = uncovered(forms)
+    print(f"{len(forms)} kernels and forms; not reached: {', '.join(missing) or 'none'}", flush=True)
+
+    def check(tool: str) -> tuple[str, int | None, float, list[str]]:
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable,
+                   str(ROOT / "tools" / "bench" / "gpu_replay.py"), str(folder)]  # fmt: skip
+        log = logs / f"{tool}.log"
+        start = time.monotonic()
+        with log.open("w") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            try:
+                status: int | None = process.wait(arguments.timeout)
+            except subprocess.TimeoutExpired:
+                status = None
+                os.killpg(process.pid, signal.SIGKILL)  # the tool and what runs under it
+                process.wait()
+        return tool, status, time.monotonic() - start, log.read_text().splitlines()
+
+    with concurrent.futures.ThreadPoolExecutor(len(TOOLS)) as pool:
+        for tool, status, seconds, lines in pool.map(check, arguments.tools.split(",")):
+            summary = [line.lstrip("= ") for line in lines if "SUMMARY" in line or "replayed" in line]
+            ended = "ended by the time limit" if status is None else f"exit status {status}"
+            print(f"{tool}: {' | '.join(summary) or 'no summary'}; {seconds:.1f} s, {ended}", flush=True)
+            if status != 0:
+                failed = True
+                print("\n".join([*lines[:40], "...", *lines[-5:]]), flush=True)
+    return int(failed or bool(missing))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
