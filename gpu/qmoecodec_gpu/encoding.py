@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -53,21 +52,10 @@ def encode(digits: torch.Tensor, dictionary: Dictionary) -> Staged:
     device = digits.device
     walk = _walk(dictionary, device)
     n = experts * rows
-    counts = torch.zeros(n, dtype=torch.int32, device=device)
+    counts = torch.empty(n, dtype=torch.int32, device=device)
     bad = torch.full((1,), -1, dtype=torch.int64, device=device)
-    p, i32 = modules.pointer, modules.i32
-    shared_bytes = 0
-    if walk.transitions is not None:
-        kernel = modules.function(device, "encode.cu", "encode_rows_small")
-        fixed: tuple[Any, ...] = (p(digits), p(walk.transitions), i32(len(walk.transitions)), p(counts))
-        shared_bytes = walk.transitions.nbytes
-    else:
-        kernel = modules.function(device, "encode.cu", "encode_rows")
-        is_table = i32(int(dictionary.kind == "table"))
-        fixed = (p(digits), p(walk.nodes), i32(walk.roots[0]), i32(walk.roots[1]), is_table, i32(dictionary.code_bits), p(counts))
-    threads = 64 if n > 64 * modules.n_multiprocessors(device) else 32  # rows are few and long: spread them over the device
-    grid = -(-n // threads)
-    modules.launch(device, kernel, grid, threads, (*fixed, 0, 0, p(bad), n, i32(cols)), shared_bytes=shared_bytes)
+    count, write = _passes(digits, dictionary, walk, counts, bad)
+    count()
     lengths = counts.to(torch.int64)
     ends = torch.cumsum((lengths * dictionary.code_bits + 7) >> 3, dim=0)
     row_byte = torch.zeros(n + 1, dtype=torch.int64, device=device)
@@ -80,8 +68,7 @@ def encode(digits: torch.Tensor, dictionary: Dictionary) -> Staged:
         raise ValueError(f"digits are -1, 0 and 1; row {row} of expert {expert} has another value")
     codes = torch.empty(total, dtype=torch.uint8, device=device)
     if total:
-        arguments = (*fixed, p(codes), p(row_byte), p(bad), n, i32(cols))
-        modules.launch(device, kernel, grid, threads, arguments, shared_bytes=shared_bytes)
+        write(codes, row_byte)
     sizes = torch.diff(row_byte[::rows]).cpu().numpy() if rows else np.zeros(experts, np.int64)
     return place_rows(
         shape=(experts, rows, cols),
@@ -91,6 +78,58 @@ def encode(digits: torch.Tensor, dictionary: Dictionary) -> Staged:
         dictionary_index=torch.zeros(experts, dtype=torch.uint8, device=device),
         bits=dictionary.code_bits,
     )
+
+
+def choose_segments(n_rows: int, cols: int, n_multiprocessors: int) -> tuple[int, int]:
+    """Return how many threads share a row, a power of two up to 128, and the columns of each (kernels/encode.cu).
+
+    Enough threads to fill the device, and not so short segments that the parses do not meet within one.
+    """
+    segments = 1
+    while 2 * segments <= min(128, cols // 128) and 2 * segments * n_rows <= 512 * n_multiprocessors:
+        segments *= 2
+    return segments, -(-cols // (16 * segments)) * 16
+
+
+def _passes(
+    digits: torch.Tensor, dictionary: Dictionary, walk: _Walk, counts: torch.Tensor, bad: torch.Tensor
+) -> tuple[Callable[[], None], Callable[[torch.Tensor, torch.Tensor], None]]:
+    """Return the two launches: one that counts codewords, and one that writes them to `codes` from `row_byte` on."""
+    experts, rows, cols = digits.shape
+    n, device = experts * rows, digits.device
+    p, i32 = modules.pointer, modules.i32
+    n_multiprocessors = modules.n_multiprocessors(device)
+    threads = 64 if n > 64 * n_multiprocessors else 32  # rows are few and long: spread them over the device
+    if walk.transitions is None:
+        kernel = modules.function(device, "encode.cu", "encode_rows")
+        is_table = i32(int(dictionary.kind == "table"))
+        trees = (p(walk.nodes), i32(walk.roots[0]), i32(walk.roots[1]), is_table, i32(dictionary.code_bits))
+
+        def run(codes: torch.Tensor | None, row_byte: torch.Tensor | None) -> None:
+            arguments = (p(digits), *trees, p(counts), p(codes), p(row_byte), p(bad), n, i32(cols))
+            modules.launch(device, kernel, -(-n // threads), threads, arguments)
+
+        return lambda: run(None, None), run
+
+    segments, segment = choose_segments(n, cols, n_multiprocessors)
+    if segments > 1:
+        threads = 128
+    places = torch.empty((n * segments, 2), dtype=torch.int32, device=device)
+    table = (p(digits), p(walk.transitions), i32(len(walk.transitions)))
+    shape = (n, i32(cols), i32(segments), i32(segment))
+    grid, shared_bytes = -(-n * segments // threads), walk.transitions.nbytes
+    count_rows = modules.function(device, "encode.cu", "count_rows_small")
+    write_rows = modules.function(device, "encode.cu", "write_rows_small")
+
+    def count() -> None:
+        arguments = (*table, p(counts), p(places), p(bad), *shape)
+        modules.launch(device, count_rows, grid, threads, arguments, shared_bytes=shared_bytes + 4 * threads)
+
+    def write(codes: torch.Tensor, row_byte: torch.Tensor) -> None:
+        arguments = (*table, p(places), p(codes), p(row_byte), *shape)
+        modules.launch(device, write_rows, grid, threads, arguments, shared_bytes=shared_bytes)
+
+    return count, write
 
 
 def concatenate(parts: Sequence[Staged], device: torch.device) -> Staged:

@@ -208,7 +208,7 @@ def encoder_trees(dictionary: Dictionary) -> tuple[npt.NDArray[np.int32], tuple[
 
 
 def encoder_transitions(dictionary: Dictionary) -> UInt32Array | None:
-    """Build the one-look-up-per-digit form of two small parse trees (`encode_rows_small` in kernels/encode.cu).
+    """Build the one-look-up-per-digit form of two small parse trees (`count_rows_small` in kernels/encode.cu).
 
     Returns uint32[nodes, 4], leaves left out; None where the dictionary is too large or a table.
     """
@@ -243,5 +243,5 @@ def encoder_transitions(dictionary: Dictionary) -> UInt32Array | None:
         if node not in roots:
             while nodes[end, 3] < 0:
                 end = int(nodes[end, 0])
-            table[row, 2] = int(nodes[end, 3]) + 1
+            table[row, 2] = (int(nodes[end, 3]) + 1) << 14
     return table

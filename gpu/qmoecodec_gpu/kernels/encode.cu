@@ -3,9 +3,12 @@
 // Naively (encode_rows, any dictionary): for each digit: go to the child; at a leaf, put its codeword and go to the root; where
 // there is no child, put the node's codeword and take the digit again from root 1.
 //
-// encode_rows_small, for two trees of at most 8,192 nodes without leaves and codewords below 256:
+// count_rows_small and write_rows_small, for two trees of at most 8,192 nodes without leaves and codewords below 256:
 //  1. One look-up per digit: transitions[node][digit] holds the next node and the codewords, none to two, that go out.
 //  2. The transitions are in shared memory, and the digits come sixteen at a time.
+//  3. Where rows are too few to fill the device, a thread walks one segment of a row.  It supposes that its segment begins at root
+//     0, and walks again as long as the segment before it ends elsewhere than supposed.  After k rounds the first k
+//     segments are right, whatever the digits; parses of sparse rows soon meet, so that three or four rounds do.
 #include "common.cuh"
 
 // The parse trees of one dictionary: children[node][digit] and codeword[node], -1 where there is none.
@@ -138,49 +141,103 @@ extern "C" __global__ void encode_rows(const signed char* digits, const int4* no
 }
 
 // transitions[node * 4 + (digit & 3)]: next node | (first codeword + 1) << 14 | (second codeword + 1) << 23, so the digits 0,
-// +1 and -1 have the places 0, 1 and 3; place 2: the codeword + 1 that ends a row here, 0 for a root.  Arguments as above.
-extern "C" __global__ void encode_rows_small(const signed char* digits, const u32* transitions, int n_nodes, u32* counts,
-                                             u8* codes, const u64* row_byte, u64* bad, u64 rows, int cols) {
-  extern __shared__ __align__(16) u32 table[];
+// +1 and -1 have the places 0, 1 and 3; place 2: the codeword that ends a row here, none for a root.  (No digit has place 2, but
+// what is no digit may: it leads to a node, too.)
+__device__ __forceinline__ void load_transitions(u32* table, const u32* transitions, int n_nodes) {
   for (int i = threadIdx.x; i < n_nodes; i += blockDim.x) ((uint4*)table)[i] = __ldg((const uint4*)transitions + i);
   __syncthreads();
-  u64 r = (u64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (r >= rows) return;
-  const signed char* row = digits + r * (u64)cols;
-  u8* out = codes ? codes + row_byte[r] : nullptr;
-  u32 node = 0, n = 0, wrong = 0;
+}
+
+// A walk along part of a row; WRITE: the codewords go to `out`, else they are counted only.
+template <bool WRITE> struct Walk {
+  const u32* table;
+  u8* out;
+  u32 node, n, wrong;
+
   // Without a branch but for the store: lanes put at different digits.
-  auto put = [&](u32 codeword_plus_1) {
-    if (out && codeword_plus_1) out[n] = (u8)(codeword_plus_1 - 1);
+  __device__ __forceinline__ void put(u32 codeword_plus_1) {
+    if (WRITE && codeword_plus_1) out[n] = (u8)(codeword_plus_1 - 1);
     n += codeword_plus_1 != 0;
-  };
-  auto take = [&](u32 byte) {
+  }
+  __device__ __forceinline__ void take(u32 byte) {
     u32 t = table[node * 4 + (byte & 3)];
     put(t >> 14 & 0x1ff);
     put(t >> 23);
     node = t & 0x3fff;
-  };
-  int column = 0;
-  if ((u64)row % 16 == 0) {
-    uint4 chunk = cols >= 16 ? *(const uint4*)row : make_uint4(0, 0, 0, 0);
-    for (; column + 16 <= cols; column += 16) {
-      u32 v[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
-      if (column + 32 <= cols) chunk = *(const uint4*)(row + column + 16);
+  }
+  __device__ __forceinline__ void take_one(signed char digit) {
+    wrong |= (u8)(digit + 1) > 2;
+    take((u32)digit);
+  }
+  __device__ __forceinline__ void columns(const signed char* row, u32 column, u32 end) {
+    for (; column < end && (u64)(row + column) % 16; column++) take_one(row[column]);
+    if (column + 16 <= end) {
+      uint4 chunk = *(const uint4*)(row + column);
+      for (; column + 16 <= end; column += 16) {
+        u32 v[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+        if (column + 32 <= end) chunk = *(const uint4*)(row + column + 16);
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        u32 up = __vadd4(v[i], 0x01010101u);  // 0, 1, 2 for what is a digit
-        wrong |= (up & 0xfcfcfcfcu) | (up & up >> 1 & 0x01010101u);
+        for (int i = 0; i < 4; i++) {
+          u32 up = __vadd4(v[i], 0x01010101u);  // 0, 1, 2 for what is a digit
+          wrong |= (up & 0xfcfcfcfcu) | (up & up >> 1 & 0x01010101u);
 #pragma unroll
-        for (int k = 0; k < 4; k++) take(v[i] >> (8 * k));
+          for (int k = 0; k < 4; k++) take(v[i] >> (8 * k));
+        }
       }
     }
+    for (; column < end; column++) take_one(row[column]);
   }
-  for (; column < cols; column++) {
-    u32 up = (u8)(row[column] + 1);
-    wrong |= up > 2;
-    take(up > 2 ? 0 : (u32)row[column]);
-  }
-  put(table[node * 4 + 2]);
-  if (wrong) atomicMin(bad, r * 4 + BAD_DIGIT);
-  if (!codes) counts[r] = wrong ? 0 : n;
+  __device__ __forceinline__ void end_row() { put(table[node * 4 + 2] >> 14 & 0x1ff); }
+};
+
+// Pass 1.  `segments` divides blockDim; segments * segment >= cols.
+// places[row * segments + s]: the node where segment s begins, and the codewords of the row before it.
+extern "C" __global__ void count_rows_small(const signed char* digits, const u32* transitions, int n_nodes, u32* counts,
+                                            uint2* places, u64* bad, u64 rows, int cols, int segments, int segment) {
+  extern __shared__ __align__(16) u32 table[];
+  load_transitions(table, transitions, n_nodes);
+  u32* const shared = table + 4 * n_nodes;  // [blockDim]
+  const u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x, r = i / segments;
+  const u32 s = (u32)(i - r * segments), last = segments - 1;
+  const u64 begin = min((u64)s * segment, (u64)cols), end = min(begin + segment, (u64)cols);
+  const signed char* row = digits + r * (u64)cols;
+  Walk<false> walk{table, nullptr, 0, 0, 0};
+  u32 start = 0;
+  bool again = r < rows;
+  do {
+    if (again) {
+      walk = Walk<false>{table, nullptr, start, 0, 0};
+      walk.columns(row, (u32)begin, (u32)end);
+    }
+    shared[threadIdx.x] = walk.node;
+    __syncthreads();
+    const u32 truth = s ? shared[threadIdx.x - 1] : 0;
+    again = r < rows && truth != start;
+    start = truth;
+  } while (__syncthreads_or(again));
+  if (s == last) walk.end_row();
+  shared[threadIdx.x] = walk.n;
+  __syncthreads();
+  if (r >= rows) return;
+  u32 before = 0;
+  for (u32 t = 0; t < s; t++) before += shared[threadIdx.x - s + t];
+  places[i] = make_uint2(start, before);
+  if (walk.wrong) atomicMin(bad, r * 4 + BAD_DIGIT);
+  if (s == last) counts[r] = before + walk.n;
+}
+
+// Pass 2: the bytes, at codes + row_byte[row].
+extern "C" __global__ void write_rows_small(const signed char* digits, const u32* transitions, int n_nodes,
+                                            const uint2* places, u8* codes, const u64* row_byte, u64 rows, int cols,
+                                            int segments, int segment) {
+  extern __shared__ __align__(16) u32 table[];
+  load_transitions(table, transitions, n_nodes);
+  const u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x, r = i / segments;
+  if (r >= rows) return;
+  const u32 s = (u32)(i - r * segments);
+  const u64 begin = min((u64)s * segment, (u64)cols), end = min(begin + segment, (u64)cols);
+  const uint2 place = places[i];
+  Walk<true> walk{table, codes + row_byte[r] + place.y, place.x, 0, 0};
+  walk.columns(digits + r * (u64)cols, (u32)begin, (u32)end);
+  if (s == (u32)segments - 1) walk.end_row();
 }
