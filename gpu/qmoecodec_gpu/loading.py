@@ -60,12 +60,15 @@ def _to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
         return torch.from_numpy(contiguous).to(device)
 
 
-def stage(stack: Stack, dictionary_index: npt.NDArray[np.uint8], bits: int, device: torch.device) -> Staged:
-    """Upload a stack that `check_stack` passed, and place its rows (spec §6.2).
+def stage(
+    stack: Stack, dictionary_index: npt.NDArray[np.uint8], dictionaries: tuple[Dictionary, ...], device: torch.device
+) -> Staged:
+    """Upload a stack that `check_stack` passed, and place its rows (spec §6.2, §6.4).
 
-    dictionary_index : uint8[experts]    into the bank that goes with it on the device
+    dictionary_index : uint8[experts]    into `dictionaries`, the bank that goes with it on the device
 
-    Raises FormatError: row_lengths; ValueError for an expert of 2 GiB and more.
+    Raises FormatError: row_lengths, row_underrun, for the first expert that has either; ValueError for an expert of 2 GiB
+    and more.
     """
     lengths = _to_device(stack.row_lengths.view(np.int32), device).to(torch.int64) & 0xFFFFFFFF
     sizes = np.diff(stack.code_offsets).astype(np.int64)
@@ -75,7 +78,8 @@ def stage(stack: Stack, dictionary_index: npt.NDArray[np.uint8], bits: int, devi
         sizes=sizes,
         row_lengths=lengths,
         dictionary_index=_to_device(dictionary_index, device),
-        bits=bits,
+        bits=dictionaries[0].code_bits,
+        max_phrase=np.array([d.max_phrase for d in dictionaries], np.int64)[dictionary_index],
     )
 
 
@@ -87,23 +91,31 @@ def place_rows(
     row_lengths: torch.Tensor,
     dictionary_index: torch.Tensor,
     bits: int,
+    max_phrase: npt.NDArray[np.int64] | None = None,
 ) -> Staged:
     """Find where rows begin from their lengths, and check that they fill their experts.
 
     sizes : int64[experts]    bytes of each expert, adding up to the size of `codes`
-    Raises FormatError: row_lengths; ValueError for an expert of 2 GiB and more.
+    max_phrase : int64[experts]    of each expert's dictionary, for the bound of spec §6.4; None where it holds
+    Raises FormatError: row_lengths, row_underrun; ValueError for an expert of 2 GiB and more.
     """
-    experts, rows, _ = shape
+    experts, rows, cols = shape
     device = codes.device
     if sizes.max(initial=0) >= 1 << 31:
         raise ValueError("an expert of 2 GiB and more is not supported on the GPU")
-    n_bytes = (row_lengths * bits + 7) >> 3
+    # No expert has 2^31 rows, nor 2^31 bytes: with a longer row cut to that many, the sums are exact and those that differ do.
+    n_bytes = ((row_lengths * bits + 7) >> 3).clamp_(max=1 << 31)
     ends = torch.cumsum(n_bytes, dim=1)
     totals = ends[:, -1] if rows else torch.zeros(experts, dtype=torch.int64, device=device)
-    # No row is longer than 2^32 codewords and no expert has 2^31 rows, so the sums are exact.
-    differ = torch.nonzero(totals != torch.from_numpy(sizes).to(device)).flatten()
-    if len(differ):
-        raise FormatError("row_lengths", expert=int(differ[0]))
+    differ = totals != torch.from_numpy(sizes).to(device)
+    wrong = differ
+    if max_phrase is not None:
+        most_digits = row_lengths.sum(dim=1) * torch.from_numpy(max_phrase).to(device)
+        wrong = differ | (most_digits < rows * cols)
+    first = torch.nonzero(wrong).flatten()
+    if len(first):
+        expert = int(first[0])
+        raise FormatError("row_lengths" if bool(differ[expert]) else "row_underrun", expert=expert)
     row_start = torch.zeros((experts, rows + 1), dtype=torch.int32, device=device)
     row_start[:, 1:] = ends
     expert_start = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)])).to(device)
@@ -114,7 +126,7 @@ def validate(staged: Staged, bank: Bank, level_bytes: torch.Tensor, level_dtype:
     """Check every row on the device (spec §5.2, §6.3).
 
     Raises FormatError: unused_codeword, row_underrun, row_overrun, overrun_nonzero, row_padding, level_value, level_zero,
-    with the expert and row.
+    with the expert and row: the first in the order of spec §9.
     """
     experts, rows, cols = staged.shape
     if experts * rows == 0:
@@ -145,17 +157,18 @@ def validate(staged: Staged, bank: Bank, level_bytes: torch.Tensor, level_dtype:
             modules.i32(staged.bits),
         ),
     )
-    row = int(bad.item())
-    if row != -1:
-        raise _find_fault(staged, bank, level_bytes, LEVEL_DTYPES[level_dtype], row)
+    number = int(bad.item())
+    if number != -1:
+        raise _find_fault(staged, bank, level_bytes, LEVEL_DTYPES[level_dtype], number)
     least, most = words.tolist()
     total = int(((staged.row_lengths + 3) >> 2).sum().item())
     return Facts(least, total / (experts * rows), most)
 
 
 def _find_fault(staged: Staged, bank: Bank, level_bytes: torch.Tensor, dtype: str, number: int) -> FormatError:
-    """Run the reference on the row that the device found wrong, for the reason."""
-    expert, row = divmod(number, staged.shape[1])
+    """Run the reference on the row that the device found wrong, for the reason; number as in kernels/rows.cu."""
+    rows = staged.shape[1]
+    expert, row = number // (3 * rows), number % rows
     dictionary = bank.dictionaries[int(staged.dictionary_index[expert])]
     begin, end = (int(staged.expert_start[expert]) + int(v) for v in staged.row_start[expert, row : row + 2].tolist())
     data = staged.codes[begin:end].cpu().numpy().tobytes()

@@ -81,3 +81,62 @@ def case() -> Callable[..., Case]:
 @pytest.fixture
 def bank() -> dict[str, Callable[[], qmoecodec.Dictionary]]:
     return DICTIONARIES
+
+
+GUARD_BYTES = 4096
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every launch gets copies of its buffers with guards round them, and fails when it touches one.
+
+    Returns the names of the kernels' launches so far.
+    """
+    import torch
+
+    from qmoecodec_gpu import modules
+
+    class Pointer(int):
+        tensor: Any
+
+    launches: list[str] = []
+    real_launch = modules.launch
+
+    def pointer(tensor: Any) -> int:
+        if tensor is None or not tensor.numel():
+            return 0
+        found = Pointer(tensor.data_ptr())
+        found.tensor = tensor
+        return found
+
+    def content(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        return torch.tensor([], dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),))
+
+    def launch(device: Any, kernel: Any, grid: int, threads: int, args: Any, *, shared_bytes: int = 0) -> None:
+        if grid < 1:
+            return
+        storages = {a.tensor.untyped_storage().data_ptr(): content(a.tensor) for a in args if isinstance(a, Pointer)}
+        copies = {}
+        for address, held in storages.items():
+            copy = torch.full((held.numel() + 2 * GUARD_BYTES,), 0xC3, dtype=torch.uint8, device=device)
+            copy[GUARD_BYTES:-GUARD_BYTES] = held
+            copies[address] = copy
+        moved = []
+        for a in args:
+            if isinstance(a, Pointer):
+                address = a.tensor.untyped_storage().data_ptr()
+                moved.append(copies[address].data_ptr() + GUARD_BYTES + (int(a) - address))
+            else:
+                moved.append(a)
+        real_launch(device, kernel, grid, threads, moved, shared_bytes=shared_bytes)
+        whole = [(copy[:GUARD_BYTES] == 0xC3).all() & (copy[-GUARD_BYTES:] == 0xC3).all() for copy in copies.values()]
+        name = str(getattr(kernel, "name", kernel))
+        assert bool(torch.stack(whole).all()), f"{name} wrote outside its buffers"
+        for address, held in storages.items():
+            held.copy_(copies[address][GUARD_BYTES:-GUARD_BYTES])
+        launches.append(name)
+
+    monkeypatch.setattr(modules, "pointer", pointer)
+    monkeypatch.setattr(modules, "launch", launch)
+    return launches

@@ -3,8 +3,9 @@
 
 // ---- validation -----------------------------------------------------------------------------------------------------
 // for each row: codewords used? each phrase begins inside the row? enough digits? overrun all 0? levels in order?
-// The host has checked that every row lies inside `codes`.  bad: the least number of a row that breaks a requirement;
-// the host then runs the reference on that row for the reason.  words: least and greatest row length in words.
+// The host has checked that every row lies inside `codes`.  bad: the least (expert * 3 + stage) * rows + row of what breaks a
+// requirement, in the order of spec 9: an expert's levels (stage 0), its rows (1), its levels that are 0 (2); the host then
+// runs the reference on that row for the reason.  words: least and greatest row length in words.
 extern "C" __global__ void validate_rows(const u8* codes, const u64* expert_start, const u32* row_start,
                                          const u8* dictionary, const uint2* entries, const u32* threshold,
                                          const void* levels, int level_dtype, u64* bad, u32* words,
@@ -13,11 +14,11 @@ extern "C" __global__ void validate_rows(const u8* codes, const u64* expert_star
   const u64 n_warps = (u64)gridDim.x * (blockDim.x >> 5), total = (u64)experts * rows;
   u32 least = ~0u, most = 0;
   for (u64 r = (u64)blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5); r < total; r += n_warps) {
-    u32 expert = (u32)(r / rows), d = dictionary[expert];
-    Row row(codes, expert_start, row_start, rows, expert, (u32)(r - (u64)expert * rows), bits, 0, 0);
+    u32 expert = (u32)(r / rows), in_expert = (u32)(r - (u64)expert * rows), d = dictionary[expert];
+    Row row(codes, expert_start, row_start, rows, expert, in_expert, bits, 0, 0);
     const uint2* table = entries + ((u64)d << (bits + 1));
     u32 carry = 0, position = 0, seen = 0;
-    bool wrong = false;
+    bool wrong = false, wrong_level = false, wrong_zero = false;
     for (u32 k = 0; k < row.n_codewords && !wrong; k += 32) {
       Step step = take_step(row, k, lane, table, threshold[d], carry, position);
       u32 length = step.entry.x & 0xff, nonzeros = step.entry.x >> 8 & 0xff, last = step.entry.x >> 16 & 0xff;
@@ -46,10 +47,11 @@ extern "C" __global__ void validate_rows(const u8* codes, const u64* expert_star
       }
       minus_zero = (low == 0 && __double_as_longlong(low) < 0) || (high == 0 && __double_as_longlong(high) < 0);
       bool finite = isfinite(low) && isfinite(high);
-      wrong |= !finite || minus_zero || !(low < high || (low == 0 && high == 0));
-      wrong |= (low == 0 && (seen & 1)) || (high == 0 && (seen & 2));
+      wrong_level = !finite || minus_zero || !(low < high || (low == 0 && high == 0));
+      wrong_zero = (low == 0 && (seen & 1)) || (high == 0 && (seen & 2));
     }
-    if (wrong && lane == 0) atomicMin(bad, r);
+    const int stage = wrong_level ? 0 : wrong ? 1 : wrong_zero ? 2 : 3;
+    if (stage < 3 && lane == 0) atomicMin(bad, ((u64)expert * 3 + stage) * rows + in_expert);
     u32 n = (row.n_codewords + 3) / 4;
     least = min(least, n);
     most = max(most, n);
