@@ -98,7 +98,9 @@ class Recorder:
             raise ValueError(f"backend {backend}")
         program = nvrtc.createProgram(code, "kernel.cu", [], [])
         nvrtc.compileProgram(program, [*options, f"-arch=sm_{Device().compute_capability}", "-lineinfo"])
-        path.write_bytes(nvrtc.getCUBIN(program))
+        own = path.with_suffix(f".{os.getpid()}")
+        own.write_bytes(nvrtc.getCUBIN(program))
+        own.replace(path)  # other recordings may have compiled the same
         forms = tuple(sorted(option for option in options if option.startswith("-D")))
         return RecordedModule(self, self.raw_module(path=str(path)), path.name, forms)
 
@@ -129,7 +131,8 @@ class Recorder:
             number, _, known = self.buffers[address]
             changed = content != known
         self.buffers[address] = (number, pointer.tensor, content)
-        for begin, end in runs(changed):
+        # Gaps of a few bytes are bytes that came to hold what they held.
+        for begin, end in runs(changed, 16):
             self.operations.append(["upload", number, begin, *self.store(content[begin:end].tobytes())])
         return [number, int(pointer) - address]
 
@@ -159,7 +162,7 @@ class Recorder:
             content = self._bytes(tensor.untyped_storage()).cpu().numpy()
             self.buffers[address] = (number, tensor, content)
             if name != "route_tokens":  # items stand in the order in which threads came
-                for begin, end in runs(content != known):
+                for begin, end in runs(content != known, 1):  # a gap may be what another launch writes
                     self.operations.append(["compare", number, begin, *self.store(content[begin:end].tobytes()), name])
 
     def save(self) -> None:
@@ -197,12 +200,12 @@ class RecordedKernel:
         module.recorder.launch(module.cubin, self.name, module.forms, self.kernel, grid, block, args, shared_mem)
 
 
-def runs(changed: Any) -> Iterator[tuple[int, int]]:
-    """Return the stretches that changed; gaps of a few bytes are bytes that came to hold what they held."""
+def runs(changed: Any, gap: int) -> Iterator[tuple[int, int]]:
+    """Return the stretches that changed, with what lies between two that are at most `gap` bytes apart."""
     places = np.flatnonzero(changed)
     if not len(places):
         return
-    cuts = np.flatnonzero(np.diff(places) > 16)
+    cuts = np.flatnonzero(np.diff(places) > gap)
     begins = [places[0], *places[cuts + 1]]
     ends = [*places[cuts], places[-1]]
     for begin, end in zip(begins, ends, strict=True):
@@ -501,7 +504,7 @@ def run(folder: pathlib.Path, logs: pathlib.Path, arguments: argparse.Namespace)
 
     with concurrent.futures.ThreadPoolExecutor(len(TOOLS)) as pool:
         for tool, status, seconds, lines in pool.map(check, arguments.tools.split(",")):
-            summary = [line.lstrip("= ") for line in lines if "SUMMARY" in line or "replayed" in line]
+            summary = [line.lstrip("= ") for line in lines if "SUMMARY" in line or "replayed" in line or "DIFFERENT" in line][:20]
             ended = "ended by the time limit" if status is None else f"exit status {status}"
             print(f"{tool}: {' | '.join(summary) or 'no summary'}; {seconds:.1f} s, {ended}", flush=True)
             if status != 0:
