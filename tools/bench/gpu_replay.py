@@ -7,6 +7,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import pathlib
@@ -67,8 +68,12 @@ class Driver:
         self.call("cuCtxSynchronize")
 
 
-def replay(driver: Driver, folder: pathlib.Path, say: Any) -> tuple[int, int]:
-    """Replay one recording and compare what the kernels write; returns the numbers of launches and of differences."""
+def replay(driver: Driver, folder: pathlib.Path, plant: str | None, say: Any) -> tuple[int, int]:
+    """Replay one recording and compare what the kernels write; returns the numbers of launches and of differences.
+
+    plant : "short" makes every buffer a byte shorter, "unset" leaves out the last byte of what is copied to the device: a
+        sanitizer that does not report these sees nothing
+    """
     operations = json.loads((folder / "operations.json").read_text())
     blob = (folder / "blob").read_bytes()
     buffers: dict[int, int] = {}
@@ -82,9 +87,10 @@ def replay(driver: Driver, folder: pathlib.Path, say: Any) -> tuple[int, int]:
                 driver.free(address)
             buffers.clear()
         elif kind == "allocate":
-            buffers[values[0]] = driver.allocate(values[1])
+            buffers[values[0]] = driver.allocate(max(1, values[1] - (plant == "short")))
         elif kind == "upload":
             number, offset, at, n_bytes = values
+            n_bytes -= plant is not None
             driver.upload(buffers[number] + offset, blob[at : at + n_bytes])
         elif kind == "launch":
             cubin, name, grid, threads, shared_bytes, arguments = values
@@ -95,7 +101,7 @@ def replay(driver: Driver, folder: pathlib.Path, say: Any) -> tuple[int, int]:
             n_launches += 1
         elif kind == "compare":
             number, offset, at, n_bytes, name = values
-            if driver.download(buffers[number] + offset, n_bytes) != blob[at : at + n_bytes]:
+            if plant is None and driver.download(buffers[number] + offset, n_bytes) != blob[at : at + n_bytes]:
                 say(f"DIFFERENT {case}: {name} wrote something else than when it was recorded, in {n_bytes} bytes")
                 n_different += 1
         else:
@@ -112,10 +118,17 @@ def main() -> None:
     def say(text: str) -> None:
         print(f"{time.monotonic() - begin:7.1f} s  {text}", flush=True)
 
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=pathlib.Path, help="with a folder for each recording")
+    parser.add_argument("--only", default="*", help="which recordings")
+    parser.add_argument("--plant", choices=["short", "unset"], help="make faults that a sanitizer must find (see `replay`)")
+    arguments = parser.parse_args()
     driver = Driver()
     say("the driver is up")
-    found = sorted(path.parent for path in pathlib.Path(sys.argv[1]).glob("*/operations.json"))
-    n_launches, n_different = (sum(numbers) for numbers in zip(*(replay(driver, folder, say) for folder in found), strict=True))
+    n_launches = n_different = 0
+    for path in sorted(arguments.folder.glob(f"{arguments.only}/operations.json")):
+        launches, different = replay(driver, path.parent, arguments.plant, say)
+        n_launches, n_different = n_launches + launches, n_different + different
     say(f"replayed {n_launches} launches of {len(driver.modules)} modules, {n_different} differences")
     sys.exit(n_different > 0)
 

@@ -487,10 +487,10 @@ def run(folder: pathlib.Path, logs: pathlib.Path, arguments: argparse.Namespace)
     missing = uncovered(forms)
     print(f"{len(forms)} kernels and forms; not reached: {', '.join(missing) or 'none'}", flush=True)
 
-    def check(tool: str) -> tuple[str, int | None, float, list[str]]:
+    def check(tool: str, *options: str) -> tuple[str, int | None, float, list[str]]:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable,
-                   str(ROOT / "tools" / "bench" / "gpu_replay.py"), str(folder)]  # fmt: skip
-        log = logs / f"{tool}.log"
+                   str(ROOT / "tools" / "bench" / "gpu_replay.py"), str(folder), *options]  # fmt: skip
+        log = logs / f"{'planted-' if options else ''}{tool}.log"
         start = time.monotonic()
         with log.open("w") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -510,6 +510,13 @@ def run(folder: pathlib.Path, logs: pathlib.Path, arguments: argparse.Namespace)
             if status != 0:
                 failed = True
                 print("\n".join([*lines[:40], "...", *lines[-5:]]), flush=True)
+    # Would the tools say so?
+    for tool, plant in (("initcheck", "unset"), ("memcheck", "short")):
+        if tool in arguments.tools.split(","):
+            _, _, seconds, lines = check(tool, "--only", "types", "--plant", plant)
+            n_found = sum(int(n) for n in re.findall(r"ERROR SUMMARY: (\d+) error", "\n".join(lines)))
+            print(f"{tool} finds {n_found} planted faults; {seconds:.1f} s", flush=True)
+            failed |= n_found == 0
     return int(failed or bool(missing))
 
 
