@@ -69,11 +69,9 @@ def encode(digits: torch.Tensor, dictionary: Dictionary) -> Staged:
     codes = torch.empty(total, dtype=torch.uint8, device=device)
     if total:
         write(codes, row_byte)
-    sizes = torch.diff(row_byte[::rows]).cpu().numpy() if rows else np.zeros(experts, np.int64)
     return place_rows(
         shape=(experts, rows, cols),
         codes=codes,
-        sizes=sizes,
         row_lengths=lengths.view(experts, rows),
         dictionary_index=torch.zeros(experts, dtype=torch.uint8, device=device),
         bits=dictionary.code_bits,
@@ -134,11 +132,9 @@ def _passes(
 
 def concatenate(parts: Sequence[Staged], device: torch.device) -> Staged:
     """Put stacks of experts of one shape and one dictionary behind each other."""
-    sizes = torch.cat([torch.diff(part.expert_start) for part in parts]).cpu().numpy()
     return place_rows(
         shape=(sum(part.shape[0] for part in parts), *parts[0].shape[1:]),
         codes=torch.cat([part.codes for part in parts]),
-        sizes=sizes,
         row_lengths=torch.cat([part.row_lengths for part in parts]),
         dictionary_index=torch.cat([part.dictionary_index for part in parts]).to(device),
         bits=parts[0].bits,

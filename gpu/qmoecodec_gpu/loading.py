@@ -87,38 +87,41 @@ def place_rows(
     *,
     shape: tuple[int, int, int],
     codes: torch.Tensor,
-    sizes: npt.NDArray[np.int64],
     row_lengths: torch.Tensor,
     dictionary_index: torch.Tensor,
     bits: int,
+    sizes: npt.NDArray[np.int64] | None = None,
     max_phrase: npt.NDArray[np.int64] | None = None,
 ) -> Staged:
     """Find where rows begin from their lengths, and check that they fill their experts.
 
-    sizes : int64[experts]    bytes of each expert, adding up to the size of `codes`
+    sizes : int64[experts]    bytes of each expert, adding up to the size of `codes`; None where the lengths are trusted
     max_phrase : int64[experts]    of each expert's dictionary, for the bound of spec §6.4; None where it holds
     Raises FormatError: row_lengths, row_underrun; ValueError for an expert of 2 GiB and more.
     """
     experts, rows, cols = shape
     device = codes.device
-    if sizes.max(initial=0) >= 1 << 31:
-        raise ValueError("an expert of 2 GiB and more is not supported on the GPU")
-    # No expert has 2^31 rows, nor 2^31 bytes: with a longer row cut to that many, the sums are exact and those that differ do.
+    # A row is cut to 2^31 bytes, and no expert has 2^31 rows: the sums are exact, and wrong ones differ from `sizes`.
     n_bytes = ((row_lengths * bits + 7) >> 3).clamp_(max=1 << 31)
     ends = torch.cumsum(n_bytes, dim=1)
     totals = ends[:, -1] if rows else torch.zeros(experts, dtype=torch.int64, device=device)
-    differ = totals != torch.from_numpy(sizes).to(device)
-    wrong = differ
-    if max_phrase is not None:
-        most_digits = row_lengths.sum(dim=1) * torch.from_numpy(max_phrase).to(device)
-        wrong = differ | (most_digits < rows * cols)
-    first = torch.nonzero(wrong).flatten()
-    if len(first):
-        expert = int(first[0])
-        raise FormatError("row_lengths" if bool(differ[expert]) else "row_underrun", expert=expert)
+    largest = codes.numel() if sizes is None else int(sizes.max(initial=0))
+    if largest >= 1 << 31 and (sizes is not None or int(totals.max()) >= 1 << 31):
+        raise ValueError("an expert of 2 GiB and more is not supported on the GPU")
+    if sizes is not None:
+        differ = totals != torch.from_numpy(sizes).to(device)
+        wrong = differ
+        if max_phrase is not None:
+            most_digits = row_lengths.sum(dim=1) * torch.from_numpy(max_phrase).to(device)
+            wrong = differ | (most_digits < rows * cols)
+        first = torch.nonzero(wrong).flatten()
+        if len(first):
+            expert = int(first[0])
+            raise FormatError("row_lengths" if bool(differ[expert]) else "row_underrun", expert=expert)
     row_start = torch.zeros((experts, rows + 1), dtype=torch.int32, device=device)
     row_start[:, 1:] = ends
-    expert_start = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)])).to(device)
+    expert_start = torch.zeros(experts + 1, dtype=torch.int64, device=device)
+    expert_start[1:] = torch.cumsum(totals, dim=0)
     return Staged(shape, codes, expert_start, row_start, row_lengths, dictionary_index, bits)
 
 
