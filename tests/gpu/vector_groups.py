@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -96,7 +96,9 @@ def groups(part: int = 0, n_parts: int = 1) -> Iterator[tuple[str, RawGroup]]:
                             yield f"{vector['id']} {info.name}", group
 
 
-def host_verdict(group: RawGroup) -> qmoecodec.FormatError | npt.NDArray[np.int8]:
+def host_verdict(
+    group: RawGroup, backend: Literal["numba", "reference"] = "numba"
+) -> qmoecodec.FormatError | npt.NDArray[np.int8]:
     """Decode a group with the codec on the host, in the order of checks of spec §9; return the digits or the first error."""
     encoded, (experts, rows, cols) = group.encoded, group.encoded.shape
     bits = group.levels.view(f"u{group.levels.itemsize}")
@@ -113,7 +115,7 @@ def host_verdict(group: RawGroup) -> qmoecodec.FormatError | npt.NDArray[np.int8
             lengths = encoded.row_lengths[e]
             codec.rows.starts_of_rows(len(codes), lengths, cols=cols, dictionary=dictionary)
             check_levels(bits[e], dtype=group.dtype)
-            digits = codec.decode_rows(codes, lengths, cols=cols, dictionary=dictionary)
+            digits = codec.decode_rows(codes, lengths, cols=cols, dictionary=dictionary, backend=backend)
             check_zero_levels(digits, bits[e])
         except qmoecodec.FormatError as error:
             return error.at(expert=e)
