@@ -84,7 +84,7 @@ def choose_segments(n_rows: int, cols: int, n_multiprocessors: int) -> tuple[int
     Enough threads to fill the device, and not so short segments that the parses do not meet within one.
     """
     segments = 1
-    while 2 * segments <= min(128, cols // 128) and 2 * segments * n_rows <= 512 * n_multiprocessors:
+    while 2 * segments <= min(128, cols // 128) and 2 * segments * n_rows <= 256 * n_multiprocessors:
         segments *= 2
     return segments, -(-cols // (16 * segments)) * 16
 

@@ -15,7 +15,7 @@ from qmoecodec.dictionary import aivf
 from qmoecodec.errors import FormatError
 from qmoecodec.types import Dictionary, Encoded
 from qmoecodec_gpu import modules, plan, tables
-from qmoecodec_gpu.loading import Facts, Staged, repack, stage, validate
+from qmoecodec_gpu.loading import Facts, Staged, repack, stage, to_device, validate
 from qmoecodec_gpu.source import LEVEL_DTYPES, Stack, check_stack, raw_levels
 
 _handles = itertools.count(1)
@@ -142,7 +142,7 @@ class GpuExperts:
         if target.index is None:
             target = torch.device("cuda", torch.cuda.current_device())
         with torch.cuda.device(target):
-            level_bytes = torch.from_numpy(raw.data).to(target)
+            level_bytes = to_device(raw.data, target)
             # A file's bank may hold dictionaries of other groups, with other code bits.
             used, places = np.unique(stack.dictionary_index, return_inverse=True)
             index = places.astype(np.uint8)

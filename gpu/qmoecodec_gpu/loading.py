@@ -51,7 +51,8 @@ class Facts:
     most_words: int
 
 
-def _to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+def to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Copy an array to the device; it may be read-only, such as a mapped file."""
     contiguous = np.ascontiguousarray(array)
     if contiguous.flags.writeable:
         return torch.from_numpy(contiguous).to(device)
@@ -70,14 +71,14 @@ def stage(
     Raises FormatError: row_lengths, row_underrun, for the first expert that has either; ValueError for an expert of 2 GiB
     and more.
     """
-    lengths = _to_device(stack.row_lengths.view(np.int32), device).to(torch.int64) & 0xFFFFFFFF
+    lengths = to_device(stack.row_lengths.view(np.int32), device).to(torch.int64) & 0xFFFFFFFF
     sizes = np.diff(stack.code_offsets).astype(np.int64)
     return place_rows(
         shape=stack.shape,
-        codes=_to_device(stack.codes, device),
+        codes=to_device(stack.codes, device),
         sizes=sizes,
         row_lengths=lengths,
-        dictionary_index=_to_device(dictionary_index, device),
+        dictionary_index=to_device(dictionary_index, device),
         bits=dictionaries[0].code_bits,
         max_phrase=np.array([d.max_phrase for d in dictionaries], np.int64)[dictionary_index],
     )

@@ -58,8 +58,8 @@ def test_segments_cover_the_row():
         assert segments in (1, 2, 4, 8, 16, 32, 64, 128)
         assert segments * segment >= cols
         assert segment % 16 == 0 and segment < 2**31
-        assert segments == 1 or (segment >= 128 and n_rows * segments <= 512 * 132)
-    assert choose_segments(2080, 6144, 132)[0] == 32
+        assert segments == 1 or (segment >= 128 and n_rows * segments <= 256 * 132)
+    assert choose_segments(2080, 6144, 132)[0] == 16
     assert choose_segments(10**6, 6144, 132)[0] == 1
 
 

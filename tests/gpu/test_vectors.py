@@ -64,14 +64,16 @@ def test_groups(part, guarded):
                 continue
             assert not isinstance(expected, qmoecodec.FormatError), (name, expected)
             seen["valid"] += 1
-            assert (experts.decode().cpu().numpy() == expected).all(), name
+            assert np.array_equal(experts.decode().cpu().numpy(), expected), name
+            if 0 in expected.shape:
+                continue
             levels = to_float(group.levels.view(f"u{group.levels.itemsize}"), dtype=group.dtype, to=np.float64)
             low, high = levels[..., :1], levels[..., 1:]
             dense = np.where(expected < 0, low, np.where(expected > 0, high, 0.0))
             with np.errstate(over="ignore"):
                 halves = torch.from_numpy(dense.astype(np.float32)).bfloat16()
             assert torch.equal(experts.decode(dtype=torch.bfloat16).cpu(), halves), name
-            if 0 in expected.shape or np.abs(dense).max() > 1e30:
+            if np.abs(dense).max() > 1e30:
                 continue
             x = torch.randn(3, expected.shape[2]).bfloat16()
             numbers = [0, expected.shape[0] - 1, 0]

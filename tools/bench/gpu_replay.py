@@ -97,7 +97,7 @@ def replay(driver: Driver, folder: pathlib.Path, plant: str | None, say: Any) ->
             packed = [
                 (buffers[a[0]] + a[1]).to_bytes(8, "little") if isinstance(a, list) else bytes.fromhex(a) for a in arguments
             ]
-            driver.launch(driver.function(folder.parent / cubin, name), grid, threads, shared_bytes, packed)
+            driver.launch(driver.function(folder / cubin, name), grid, threads, shared_bytes, packed)
             n_launches += 1
         elif kind == "compare":
             number, offset, at, n_bytes, name = values

@@ -15,7 +15,6 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -54,6 +53,7 @@ class Recorder:
         self.buffers: dict[int, tuple[int, Any, Any]] = {}  # address: number, storage, content as it will be in the replay
         self.poisoned: dict[int, Any] = {}
         self.forms: set[tuple[str, ...]] = set()
+        self.cubins: dict[tuple[str, ...], str] = {}
         self.n_buffers = 0
 
     def install(self) -> None:
@@ -89,20 +89,22 @@ class Recorder:
         return view.set_(storage, 0, (storage.nbytes(),))
 
     def module(self, *, code: str, options: tuple[str, ...], backend: str) -> RecordedModule:
-        """Compile as CuPy does, and keep the result."""
-        from cupy.cuda import Device, nvrtc
-
-        text = "\0".join([code, *options])
-        path = self.folder.parent / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.cubin"
-        if backend != "nvrtc":
-            raise ValueError(f"backend {backend}")
-        program = nvrtc.createProgram(code, "kernel.cu", [], [])
-        nvrtc.compileProgram(program, [*options, f"-arch=sm_{Device().compute_capability}", "-lineinfo"])
-        own = path.with_suffix(f".{os.getpid()}")
-        own.write_bytes(nvrtc.getCUBIN(program))
-        own.replace(path)  # other recordings may have compiled the same
         forms = tuple(sorted(option for option in options if option.startswith("-D")))
-        return RecordedModule(self, self.raw_module(path=str(path)), path.name, forms)
+        made = self.raw_module(code=code, options=(*options, "-lineinfo"), backend=backend)
+        return RecordedModule(self, made, (code, *options), forms)
+
+    def keep_code(self, key: tuple[str, ...]) -> str:
+        """Copy what CuPy has just compiled out of its cache, which is this process's own; return the name."""
+        cache = pathlib.Path(os.environ["CUPY_CACHE_DIR"])
+        found = {path.name for path in cache.glob("*.cubin")} - set(self.cubins.values())
+        if key not in self.cubins:
+            if len(found) != 1:
+                raise RuntimeError(f"CuPy put {len(found)} new files into {cache}")
+            self.cubins[key] = found.pop()
+            content = (cache / self.cubins[key]).read_bytes()  # a checksum, and an ELF file
+            self.folder.mkdir(exist_ok=True)
+            (self.folder / self.cubins[key]).write_bytes(content[content.index(b"\x7fELF") :])
+        return self.cubins[key]
 
     def case(self, name: str) -> None:
         """Begin a case; the memory of the one before is forgotten."""
@@ -167,20 +169,23 @@ class Recorder:
 
     def save(self) -> None:
         """Write the recording."""
-        self.folder.mkdir(parents=True)
         (self.folder / "operations.json").write_text(json.dumps(self.operations))
         (self.folder / "blob").write_bytes(self.blob)
         (self.folder / "forms.json").write_text(json.dumps(sorted(self.forms)))
 
 
 class RecordedModule:
-    """A loaded module whose kernels write down their launches."""
+    """A module whose kernels write down their launches."""
 
-    def __init__(self, recorder: Recorder, module: Any, cubin: str, forms: tuple[str, ...]) -> None:
-        self.recorder, self.module, self.cubin, self.forms = recorder, module, cubin, forms
+    def __init__(self, recorder: Recorder, module: Any, key: tuple[str, ...], forms: tuple[str, ...]) -> None:
+        self.recorder, self.module, self.key, self.forms = recorder, module, key, forms
+        self.cubin = ""
 
     def get_function(self, name: str) -> RecordedKernel:
-        return RecordedKernel(self, name, self.module.get_function(name))
+        kernel = self.module.get_function(name)
+        assert kernel.kernel is not None  # now it is compiled
+        self.cubin = self.recorder.keep_code(self.key)
+        return RecordedKernel(self, name, kernel)
 
 
 class RecordedKernel:
@@ -473,7 +478,10 @@ def run(folder: pathlib.Path, logs: pathlib.Path, arguments: argparse.Namespace)
 
     def record_one(name: str) -> tuple[str, subprocess.CompletedProcess[str]]:
         command = [sys.executable, __file__, "--record", name, str(folder)]
-        return name, subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        environment = os.environ | {"CUPY_CACHE_DIR": str(folder / f"cache-{name}")}
+        return name, subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env=environment
+        )
 
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         for name, done in pool.map(record_one, names):

@@ -1,6 +1,13 @@
 // Kernels for any dictionary and any shape: validation, repacking, decoding, and the general matvec.  One warp per row.
 #include "common.cuh"
 
+// float to double whatever the compiler's options: CuPy asks for -ftz=true, and then a conversion in C makes subnormals 0.
+__device__ __forceinline__ double widen(float f) {
+  double d;
+  asm("cvt.f64.f32 %0, %1;" : "=d"(d) : "f"(f));
+  return d;
+}
+
 // ---- validation -----------------------------------------------------------------------------------------------------
 // for each row: codewords used? each phrase begins inside the row? enough digits? overrun all 0? levels in order?
 // The host has checked that every row lies inside `codes`.  bad: the least (expert * 3 + stage) * rows + row of what breaks a
@@ -32,18 +39,18 @@ extern "C" __global__ void validate_rows(const u8* codes, const u64* expert_star
     if (row.bits == 12 && (row.n_codewords & 1)) wrong |= (row.at[row.n_bytes - 1] >> 4) != 0;
     seen = __reduce_or_sync(FULL_WARP, seen);
 
-    if (level_dtype >= 0) {  // 0 BF16, 1 F16, 2 F32, 3 F64: compare as the ordered integers of double
+    if (level_dtype >= 0) {  // 0 BF16, 1 F16, 2 F32, 3 F64
       double low, high;
       bool minus_zero;
       if (level_dtype == 3) {
         low = ((const double*)levels)[2 * r];
         high = ((const double*)levels)[2 * r + 1];
       } else if (level_dtype == 2) {
-        low = ((const float*)levels)[2 * r];
-        high = ((const float*)levels)[2 * r + 1];
+        low = widen(((const float*)levels)[2 * r]);
+        high = widen(((const float*)levels)[2 * r + 1]);
       } else {
-        low = half_to_float(((const u16*)levels)[2 * r], level_dtype);
-        high = half_to_float(((const u16*)levels)[2 * r + 1], level_dtype);
+        low = widen(half_to_float(((const u16*)levels)[2 * r], level_dtype));
+        high = widen(half_to_float(((const u16*)levels)[2 * r + 1], level_dtype));
       }
       minus_zero = (low == 0 && __double_as_longlong(low) < 0) || (high == 0 && __double_as_longlong(high) < 0);
       bool finite = isfinite(low) && isfinite(high);
