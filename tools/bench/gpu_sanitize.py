@@ -449,6 +449,11 @@ def uncovered(forms: set[tuple[str, ...]]) -> list[str]:
     for macro, values in (("NZ", "2357"), ("LANES", ("4", "8", "16", "32")), ("ONE", "01"), ("MAX_TOK", "148"),
                           ("X_F16", "01"), ("LEVEL_KIND", "012")):  # fmt: skip
         missing += [f"matvec_gather {macro}={v}" for v in sorted(set(values) - {form[macro] for form in gather})]
+    orders = {(tokens, int(form["SEGMENTED_CLASSES"]) >> number & 1) for form in gather
+              for number, tokens in enumerate((1, 2, 4, 8)) if tokens <= int(form["MAX_TOK"])}  # fmt: skip
+    # Two tokens have natural order only in rows that are too long for one token.
+    wanted = {(1, 0), (1, 1), (2, 1), (4, 0), (4, 1), (8, 0), (8, 1)}
+    missing += [f"{tokens} tokens in {('natural', 'segmented')[order]} order" for tokens, order in sorted(wanted - orders)]
     return missing
 
 
