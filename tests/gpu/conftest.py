@@ -113,8 +113,8 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         storage = tensor.untyped_storage()
         return torch.tensor([], dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),))
 
-    def launch(device: Any, kernel: Any, grid: int, threads: int, args: Any, *, shared_bytes: int = 0) -> None:
-        if grid < 1:
+    def launch(device: Any, kernel: Any, grid: Any, threads: int, args: Any, *, shared_bytes: int = 0) -> None:
+        if min((grid,) if isinstance(grid, int) else grid) < 1:
             return
         storages = {a.tensor.untyped_storage().data_ptr(): content(a.tensor) for a in args if isinstance(a, Pointer)}
         copies = {}

@@ -61,11 +61,14 @@ class Driver:
         self.call("cuMemcpyDtoH_v2", data, ctypes.c_uint64(address), ctypes.c_size_t(n_bytes))
         return data.raw
 
-    def launch(self, function: ctypes.c_void_p, grid: int, threads: int, shared_bytes: int, arguments: list[bytes]) -> None:
+    def launch(
+        self, function: ctypes.c_void_p, grid: list[int], threads: int, shared_bytes: int, arguments: list[bytes]
+    ) -> None:
         self.call("cuFuncSetAttribute", function, MAX_DYNAMIC_SHARED_BYTES, shared_bytes)
         holders = [ctypes.create_string_buffer(a, len(a)) for a in arguments]
         pointers = (ctypes.c_void_p * len(holders))(*(ctypes.addressof(h) for h in holders))
-        self.call("cuLaunchKernel", function, grid, 1, 1, threads, 1, 1, shared_bytes, None, pointers, None)
+        width, height = [*grid, 1][:2]
+        self.call("cuLaunchKernel", function, width, height, 1, threads, 1, 1, shared_bytes, None, pointers, None)
         self.call("cuCtxSynchronize")
 
 
@@ -123,13 +126,16 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path, help="with a folder for each recording")
-    parser.add_argument("--only", default="*", help="which recordings")
+    parser.add_argument("--only", help="replay this recording alone")
+    parser.add_argument("--but", help="leave this recording out")
     parser.add_argument("--plant", choices=["short", "unset"], help="make faults that a sanitizer must find (see `replay`)")
     arguments = parser.parse_args()
     driver = Driver()
     say("the driver is up")
     n_launches = n_different = 0
-    for path in sorted(arguments.folder.glob(f"{arguments.only}/operations.json")):
+    for path in sorted(arguments.folder.glob("*/operations.json")):
+        if path.parent.name == arguments.but or arguments.only not in (None, path.parent.name):
+            continue
         launches, different = replay(driver, path.parent, arguments.plant, say)
         n_launches, n_different = n_launches + launches, n_different + different
     say(f"replayed {n_launches} launches of {len(driver.modules)} modules, {n_different} differences")

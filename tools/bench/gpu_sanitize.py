@@ -33,6 +33,8 @@ TOOLS = ("initcheck", "memcheck", "racecheck", "synccheck")
 POISON = 0xA5
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 VECTOR_PARTS = 6
+#: Kernels whose items stand in the order in which threads came.
+IN_ANY_ORDER = ("route_tokens", "arrange_x")
 
 # ---- recording -------------------------------------------------------------------------------------------------------
 
@@ -53,7 +55,8 @@ class Recorder:
         self.buffers: dict[int, tuple[int, Any, Any]] = {}  # address: number, storage, content as it will be in the replay
         self.poisoned: dict[int, Any] = {}
         self.forms: set[tuple[str, ...]] = set()
-        self.cubins: dict[tuple[str, ...], str] = {}
+        self.form: tuple[str, ...] = ()
+        self.cubins: dict[str, str] = {}
         self.n_buffers = 0
 
     def install(self) -> None:
@@ -81,27 +84,38 @@ class Recorder:
             return found
 
         torch.empty = poisoned_empty
+        self.real_function = modules.function
         modules.pointer = pointer
+        modules.function = self.function
         cupy.RawModule = self.module
 
     def _bytes(self, storage: Any) -> Any:
         view = self.torch.tensor([], dtype=self.torch.uint8, device="cuda")
         return view.set_(storage, 0, (storage.nbytes(),))
 
-    def module(self, *, code: str, options: tuple[str, ...], backend: str) -> RecordedModule:
-        forms = tuple(sorted(option for option in options if option.startswith("-D")))
-        made = self.raw_module(code=code, options=(*options, "-lineinfo"), backend=backend)
-        return RecordedModule(self, made, (code, *options), forms)
+    def function(self, device: Any, file: str, name: str, macros: Any = None) -> Any:
+        """Note what is compiled next."""
+        self.form = (file, *(f"{macro}={value}" for macro, value in sorted((macros or {}).items())))
+        return self.real_function(device, file, name, macros)
 
-    def keep_code(self, key: tuple[str, ...]) -> str:
-        """Copy what CuPy has just compiled out of its cache, which is this process's own; return the name."""
-        cache = pathlib.Path(os.environ["CUPY_CACHE_DIR"])
-        found = {path.name for path in cache.glob("*.cubin")} - set(self.cubins.values())
+    def module(self, **arguments: Any) -> RecordedModule:
+        """Make a module from source, or from a file that the package has compiled itself."""
+        if "code" in arguments:
+            arguments["options"] = (*arguments["options"], "-lineinfo")
+        key, path = repr(sorted(arguments.items())), arguments.get("path")
+        return RecordedModule(self, self.raw_module(**arguments), key, path, self.form)
+
+    def keep_code(self, key: str, path: str | None) -> str:
+        """Copy what was just compiled into the recording, out of CuPy's cache if need be, which is this process's own."""
         if key not in self.cubins:
+            cache = pathlib.Path(os.environ["CUPY_CACHE_DIR"])
+            found = {p.name for p in cache.glob("*.cubin")} - set(self.cubins.values())
+            if path is not None:
+                found &= {pathlib.Path(path).name}
             if len(found) != 1:
                 raise RuntimeError(f"CuPy put {len(found)} new files into {cache}")
             self.cubins[key] = found.pop()
-            content = (cache / self.cubins[key]).read_bytes()  # a checksum, and an ELF file
+            content = (cache / self.cubins[key]).read_bytes()  # perhaps a checksum, and an ELF file
             self.folder.mkdir(exist_ok=True)
             (self.folder / self.cubins[key]).write_bytes(content[content.index(b"\x7fELF") :])
         return self.cubins[key]
@@ -138,7 +152,7 @@ class Recorder:
             self.operations.append(["upload", number, begin, *self.store(content[begin:end].tobytes())])
         return [number, int(pointer) - address]
 
-    def launch(self, cubin: str, name: str, forms: tuple[str, ...], kernel: Any, grid: tuple[int, ...],
+    def launch(self, cubin: str, name: str, form: tuple[str, ...], kernel: Any, grid: tuple[int, ...],
                block: tuple[int, ...], args: tuple[Any, ...], shared_mem: int) -> None:  # fmt: skip
         """Record one launch, and let it happen."""
         self.torch.cuda.synchronize()
@@ -153,17 +167,17 @@ class Recorder:
                 arguments.append((a & (1 << 64) - 1).to_bytes(8, "little").hex())
             else:
                 raise ValueError(f"{name}: argument {a!r} is neither a number nor an address from modules.pointer")
-        if len(grid) != 1 or len(block) != 1:
-            raise ValueError(f"{name}: the replay takes one dimension, not {grid}, {block}")
-        self.operations.append(["launch", cubin, name, grid[0], block[0], shared_mem, arguments])
-        self.forms.add((name, *forms))
+        if len(grid) > 2 or len(block) != 1:
+            raise ValueError(f"{name}: the replay takes a grid of two dimensions and blocks of one, not {grid}, {block}")
+        self.operations.append(["launch", cubin, name, list(grid), block[0], shared_mem, arguments])
+        self.forms.add((name, *form))
         kernel(grid, block, tuple(int(a) if isinstance(a, Pointer) else a for a in args), shared_mem=shared_mem)
         self.torch.cuda.synchronize()
         for address in {p.tensor.untyped_storage().data_ptr(): None for p in pointers}:
             number, tensor, known = self.buffers[address]
             content = self._bytes(tensor.untyped_storage()).cpu().numpy()
             self.buffers[address] = (number, tensor, content)
-            if name != "route_tokens":  # items stand in the order in which threads came
+            if name not in IN_ANY_ORDER:
                 for begin, end in runs(content != known, 1):  # a gap may be what another launch writes
                     self.operations.append(["compare", number, begin, *self.store(content[begin:end].tobytes()), name])
 
@@ -177,14 +191,14 @@ class Recorder:
 class RecordedModule:
     """A module whose kernels write down their launches."""
 
-    def __init__(self, recorder: Recorder, module: Any, key: tuple[str, ...], forms: tuple[str, ...]) -> None:
-        self.recorder, self.module, self.key, self.forms = recorder, module, key, forms
+    def __init__(self, recorder: Recorder, module: Any, key: str, path: str | None, form: tuple[str, ...]) -> None:
+        self.recorder, self.module, self.key, self.path, self.form = recorder, module, key, path, form
         self.cubin = ""
 
     def get_function(self, name: str) -> RecordedKernel:
         kernel = self.module.get_function(name)
         assert kernel.kernel is not None  # now it is compiled
-        self.cubin = self.recorder.keep_code(self.key)
+        self.cubin = self.recorder.keep_code(self.key, self.path)
         return RecordedKernel(self, name, kernel)
 
 
@@ -202,7 +216,7 @@ class RecordedKernel:
 
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], *, shared_mem: int = 0) -> None:
         module = self.module
-        module.recorder.launch(module.cubin, self.name, module.forms, self.kernel, grid, block, args, shared_mem)
+        module.recorder.launch(module.cubin, self.name, module.form, self.kernel, grid, block, args, shared_mem)
 
 
 def runs(changed: Any, gap: int) -> Iterator[tuple[int, int]]:
@@ -257,13 +271,16 @@ class Case:
     recode: bool = False
 
 
+#: The list with Hopper's own kernels; what the others record runs on any architecture.
+HOPPER = "hopper"
+
 # By name, in lists that are recorded at the same time. Shapes are the least that reach a form (plan.py).
 CASES: dict[str, dict[str, Case]] = {
     "usual": {
         "4 lanes, one block, all classes": Case(lambda: symmetric(0.885), (3, 37, 520), (1, 2, 3, 7, 30, 80)),
-        "32 lanes, one block": Case(lambda: symmetric(0.885), (2, 9, 6144), (1, 30)),
-        "16 lanes, tiles of 32 rows": Case(lambda: symmetric(0.885), (1, 1100, 3072), (40,)),
-        "tiles of 128 rows": Case(lambda: symmetric(0.885), (1, 4300, 64), (80,)),
+        "32 lanes, one block": Case(lambda: symmetric(0.885), (2, 9, 6144), (1, 12, 30)),
+        "16 lanes, smaller tiles": Case(lambda: symmetric(0.885), (1, 200, 3072), (40,)),
+        "tiles of 128 rows": Case(lambda: symmetric(0.885), (2, 9000, 64), (130,)),
     },
     "orders": {
         "natural order for 8": Case(lambda: symmetric(0.885), (2, 19, 1031), (1, 30)),
@@ -292,6 +309,14 @@ CASES: dict[str, dict[str, Case]] = {
         "16 bit": Case(lambda: symmetric(0.885, 16), (2, 7, 3001), (1, 30)),
         "table of 16 bit, recoded": Case(paper_table, (2, 7, 600), (1, 9), recode=True),
         "too sparse for the gather kernel": Case(lambda: symmetric(0.99), (2, 7, 9000), (1, 9), sparse=0.99),
+    },
+    HOPPER: {
+        "10, 28, 58 and 14 + 64 tokens": Case(lambda: symmetric(0.885), (1, 200, 520), (12, 30, 60, 80)),
+        "tiles of 128 rows": Case(lambda: symmetric(0.885), (2, 9000, 64), (130,)),
+        "one block per multiprocessor": Case(lambda: symmetric(0.885), (1, 70, 9000), (40,)),
+        "odd columns, several blocks of words": Case(lambda: symmetric(0.8), (2, 70, 1031), (30,), sparse=0.8),
+        "float16": Case(lambda: symmetric(0.885), (2, 130, 520), (30, 70), levels="float16", x="float16"),
+        "7 nonzeros": Case(lambda: symmetric(1 / 3), (2, 70, 1032), (30, 66), sparse=1 / 3),
     },
 }
 
@@ -425,6 +450,10 @@ def record(name: str, folder: pathlib.Path) -> None:
     """Record one part of the work."""
     recorder = Recorder(folder / name)
     recorder.install()
+    if name != HOPPER:
+        from qmoecodec_gpu import modules
+
+        modules.is_sm_90 = lambda device: False
     if name in CASES:
         record_cases(recorder, name)
     elif name == "rest":
@@ -438,22 +467,30 @@ def record(name: str, folder: pathlib.Path) -> None:
 
 
 def uncovered(forms: set[tuple[str, ...]]) -> list[str]:
-    """Say which kernels and forms no recording reaches."""
+    """Say which kernels and forms no recording reaches; a form is a kernel, its file, and the macros."""
     kernels = set()
     for file in (ROOT / "gpu" / "qmoecodec_gpu" / "kernels").glob("*.cu"):
         # extern "C" __global__ void [__launch_bounds__(..)] name(
         text = re.sub(r"__launch_bounds__\([^)]*\)", "", file.read_text())
-        kernels |= set(re.findall(r'extern "C" __global__ void\s+(\w+)\(', text))
-    missing = sorted(kernels - {form[0] for form in forms})
-    gather = [dict(o[2:].split("=") for o in form[1:]) for form in forms if form[0] == "matvec_gather"]
-    for macro, values in (("NZ", "2357"), ("LANES", ("4", "8", "16", "32")), ("ONE", "01"), ("MAX_TOK", "148"),
-                          ("X_F16", "01"), ("LEVEL_KIND", "012")):  # fmt: skip
-        missing += [f"matvec_gather {macro}={v}" for v in sorted(set(values) - {form[macro] for form in gather})]
-    orders = {(tokens, int(form["SEGMENTED_CLASSES"]) >> number & 1) for form in gather
-              for number, tokens in enumerate((1, 2, 4, 8)) if tokens <= int(form["MAX_TOK"])}  # fmt: skip
-    # Two tokens have natural order only in rows that are too long for one token.
-    wanted = {(1, 0), (1, 1), (2, 1), (4, 0), (4, 1), (8, 0), (8, 1)}
-    missing += [f"{tokens} tokens in {('natural', 'segmented')[order]} order" for tokens, order in sorted(wanted - orders)]
+        kernels |= {(name, file.name) for name in re.findall(r'extern "C" __global__ void\s+(\w+)\(', text)}
+    missing = [f"{name} of {file}" for name, file in sorted(kernels - {form[:2] for form in forms})]
+    wanted = {
+        "gather.cu": {"NZ": "2357", "LANES": ("4", "8", "16", "32"), "ONE": "01", "MAX_TOK": "148", "X_F16": "01",
+                      "LEVEL_KIND": "012"},
+        "tile.cu": {"GROUPS": "24", "NZ": "257", "X_F16": "01"},
+        "tile_sm90.cu": {"HALVES": "12", "NZ": "237", "X_F16": "01", "ONE": "01"},
+        "rows.cu": {"OUT_BYTES": "12", "TOK": "1248", "X_F16": "01", "LEVEL_KIND": "012"},
+    }  # fmt: skip
+    for file, macros in wanted.items():
+        found = [dict(macro.split("=") for macro in form[2:]) for form in forms if form[1] == file]
+        for macro, values in macros.items():
+            missing += [f"{file} {macro}={value}" for value in sorted(set(values) - {form.get(macro) for form in found})]
+        if file == "gather.cu":
+            orders = {(tokens, int(form["SEGMENTED_CLASSES"]) >> number & 1) for form in found
+                      for number, tokens in enumerate((1, 2, 4, 8)) if tokens <= int(form["MAX_TOK"])}  # fmt: skip
+            # Two tokens have natural order only in rows that are too long for one token.
+            for tokens, order in sorted({(1, 0), (1, 1), (2, 1), (4, 0), (4, 1), (8, 0), (8, 1)} - orders):
+                missing.append(f"{tokens} tokens in {('natural', 'segmented')[order]} order")
     return missing
 
 
@@ -500,10 +537,10 @@ def run(folder: pathlib.Path, logs: pathlib.Path, arguments: argparse.Namespace)
     missing = uncovered(forms)
     print(f"{len(forms)} kernels and forms; not reached: {', '.join(missing) or 'none'}", flush=True)
 
-    def check(tool: str, *options: str) -> tuple[str, int | None, float, list[str]]:
+    def check(tool: str, title: str, *options: str) -> tuple[str, int | None, float, list[str]]:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable,
                    str(ROOT / "tools" / "bench" / "gpu_replay.py"), str(folder), *options]  # fmt: skip
-        log = logs / f"{'planted-' if options else ''}{tool}.log"
+        log = logs / f"{tool}{title and '-'}{title}.log"
         start = time.monotonic()
         with log.open("w") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -513,22 +550,25 @@ def run(folder: pathlib.Path, logs: pathlib.Path, arguments: argparse.Namespace)
                 status = None
                 os.killpg(process.pid, signal.SIGKILL)  # the tool and what runs under it
                 process.wait()
-        return tool, status, time.monotonic() - start, log.read_text().splitlines()
+        return f"{tool} {title}".rstrip(), status, time.monotonic() - start, log.read_text().splitlines()
 
-    with concurrent.futures.ThreadPoolExecutor(len(TOOLS)) as pool:
-        for tool, status, seconds, lines in pool.map(check, arguments.tools.split(",")):
+    # What only Hopper has runs apart: a tool may not know its asynchronous copies.
+    tools = arguments.tools.split(",")
+    work = [(tool, "", "--but", HOPPER) for tool in tools] + [(tool, HOPPER, "--only", HOPPER) for tool in tools]
+    with concurrent.futures.ThreadPoolExecutor(len(work)) as pool:
+        for name, status, seconds, lines in pool.map(lambda one: check(*one), work):
             summary = [line.lstrip("= ") for line in lines if "SUMMARY" in line or "replayed" in line or "DIFFERENT" in line][:20]
             ended = "ended by the time limit" if status is None else f"exit status {status}"
-            print(f"{tool}: {' | '.join(summary) or 'no summary'}; {seconds:.1f} s, {ended}", flush=True)
+            print(f"{name}: {' | '.join(summary) or 'no summary'}; {seconds:.1f} s, {ended}", flush=True)
             if status != 0:
                 failed = True
                 print("\n".join([*lines[:40], "...", *lines[-5:]]), flush=True)
     # Would the tools say so?
     for tool, plant in (("initcheck", "unset"), ("memcheck", "short")):
-        if tool in arguments.tools.split(","):
-            _, _, seconds, lines = check(tool, "--only", "types", "--plant", plant)
+        if tool in tools:
+            name, _, seconds, lines = check(tool, "planted", "--only", "types", "--plant", plant)
             n_found = sum(int(n) for n in re.findall(r"ERROR SUMMARY: (\d+) error", "\n".join(lines)))
-            print(f"{tool} finds {n_found} planted faults; {seconds:.1f} s", flush=True)
+            print(f"{name}: {n_found} found; {seconds:.1f} s", flush=True)
             failed |= n_found == 0
     return int(failed or bool(missing))
 

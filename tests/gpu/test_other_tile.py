@@ -1,0 +1,34 @@
+"""The tile kernel for other architectures than Hopper, on whatever device there is."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs torch")
+pytest.importorskip("cupy", reason="needs CuPy")
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["8 bit, .885", "8 bit, 1/3", "8 bit, table"])
+def test_products(case, bank, guarded, monkeypatch, name, dtype):
+    """Items of every number of octets, tiles of both sizes."""
+    from qmoecodec_gpu import backend, matvec, modules
+
+    gpu = backend.load()
+    monkeypatch.setattr(modules, "is_sm_90", lambda device: False)
+    rng = np.random.default_rng(31)
+    for shape, counts in (((2, 140, 520), (9, 20, 45, 64, 130)), ((1, 34000, 16), (20,))):
+        data = case(shape, 0.8, bank[name](), rng)
+        experts = gpu.experts.load(data.encoded, torch.from_numpy(data.levels).to(dtype))
+        plan = experts.tile_plan(128)
+        assert plan is not None and plan.file == "tile.cu"
+        dense = torch.from_numpy(data.dense()).cuda()
+        for n in counts:
+            numbers = torch.from_numpy(rng.integers(shape[0], size=n)).cuda()
+            x = torch.randn(n, shape[2], device="cuda").to(dtype)
+            y = matvec.grouped_matvec(experts, x, numbers)
+            exact = torch.einsum("trc,tc->tr", dense[numbers], x.double())
+            bound = 2.0**-8 * exact.abs() + 1e-5 * torch.einsum("trc,tc->tr", dense[numbers].abs(), x.double().abs()) + 1e-6
+            assert bool(((y.double() - exact).abs() <= bound).all())
+    assert guarded.count("matmul_tile") >= 4
+    assert "arrange_x" not in guarded
