@@ -113,7 +113,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         storage = tensor.untyped_storage()
         return torch.tensor([], dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),))
 
-    def launch(device: Any, kernel: Any, grid: Any, threads: int, args: Any, *, shared_bytes: int = 0) -> None:
+    def launch(device: Any, kernel: Any, grid: Any, threads: int, args: Any, **options: Any) -> None:
         if min((grid,) if isinstance(grid, int) else grid) < 1:
             return
         storages = {a.tensor.untyped_storage().data_ptr(): content(a.tensor) for a in args if isinstance(a, Pointer)}
@@ -129,7 +129,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 moved.append(copies[address].data_ptr() + GUARD_BYTES + (int(a) - address))
             else:
                 moved.append(a)
-        real_launch(device, kernel, grid, threads, moved, shared_bytes=shared_bytes)
+        real_launch(device, kernel, grid, threads, moved, **options)
         whole = [(copy[:GUARD_BYTES] == 0xC3).all() & (copy[-GUARD_BYTES:] == 0xC3).all() for copy in copies.values()]
         name = str(getattr(kernel, "name", kernel))
         assert bool(torch.stack(whole).all()), f"{name} wrote outside its buffers"

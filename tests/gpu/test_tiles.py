@@ -1,0 +1,67 @@
+"""The tile kernels: Hopper's in its three forms, and that for other architectures."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs torch")
+pytest.importorskip("cupy", reason="needs CuPy")
+pytestmark = pytest.mark.gpu
+
+
+def multiply_and_compare(experts, data, counts, dtype, rng):
+    """Route tokens at random, multiply, and compare with float64."""
+    from qmoecodec_gpu import matvec
+
+    n_experts, _, cols = experts.shape
+    dense = torch.from_numpy(data.dense()).cuda()
+    for n in counts:
+        numbers = torch.from_numpy(rng.integers(n_experts, size=n)).cuda()
+        x = torch.randn(n, cols, device="cuda").to(dtype)
+        y = matvec.grouped_matvec(experts, x, numbers)
+        exact = torch.einsum("trc,tc->tr", dense[numbers], x.double())
+        bound = 2.0**-8 * exact.abs() + 1e-5 * torch.einsum("trc,tc->tr", dense[numbers].abs(), x.double().abs()) + 1e-6
+        assert bool(((y.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["8 bit, .885", "8 bit, 1/3", "8 bit, table"])
+def test_other_architectures(case, bank, guarded, monkeypatch, name, dtype):
+    """Items of every number of octets, tiles of both sizes."""
+    from qmoecodec_gpu import backend, modules
+
+    gpu = backend.load()
+    monkeypatch.setattr(modules, "is_sm_90", lambda device: False)
+    rng = np.random.default_rng(31)
+    for shape, counts in (((2, 140, 520), (9, 20, 45, 64, 130)), ((1, 34000, 16), (20,))):
+        data = case(shape, 0.8, bank[name](), rng)
+        experts = gpu.experts.load(data.encoded, torch.from_numpy(data.levels).to(dtype))
+        plan = experts.tile_plan(128)
+        assert plan is not None and plan.file == "tile.cu"
+        multiply_and_compare(experts, data, counts, dtype, rng)
+    assert guarded.count("matmul_tile") >= 4
+    assert "arrange_x" not in guarded
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["8 bit, .885", "8 bit, 1/3", "8 bit, table"])
+def test_hopper(case, bank, guarded, name, dtype):
+    """Small tiles, tiles of 128 rows, and wide ones, with every number of octets."""
+    from qmoecodec_gpu import backend, modules, tiles
+
+    gpu = backend.load()
+    if not modules.is_sm_90(torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip("for Hopper alone")
+    rng = np.random.default_rng(32)
+    wide = tiles.WIDE_FROM
+    for shape, counts in (
+        ((2, 140, 1031), (9, 20, 33, 45, 64, 130)),
+        ((1, 34000, 72), (12, 28, wide, wide + 9, 64, 130)),
+        ((1, 130, 9000), (40, 80)),
+    ):
+        data = case(shape, 0.8, bank[name](), rng)
+        experts = gpu.experts.load(data.encoded, torch.from_numpy(data.levels).to(dtype))
+        plan = experts.tile_plan(128, is_wide=True)
+        assert plan is not None and plan.file == "tile_sm90.cu"
+        assert plan.threads == (256 if shape[2] == 9000 else 512)
+        multiply_and_compare(experts, data, counts, dtype, rng)
+    assert guarded.count("matmul_tile") >= 8
