@@ -19,7 +19,7 @@ ON_DEVICE = {
 
 
 def test_the_host_says_what_the_manifest_says():
-    """What the tests below compare with finds the faults of the vectors, compiled and not; the first wrong group names a file's."""
+    """What the tests below compare with finds the vectors' faults, compiled and not; the first wrong group names a file's."""
     wrong = {}
     reasons = collections.Counter()
     for name, group in vector_groups.groups():
