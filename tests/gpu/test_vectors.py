@@ -103,15 +103,14 @@ def test_files(tmp_path):
         found = None
         try:
             with qmoecodec.open(path) as file:
-                for name in file:
-                    experts = gpu.experts.load(file[name])
-                    assert (experts.decode().cpu().numpy() == file[name].decode().reshape(experts.shape)).all()
-                for name in file.tensors:
-                    file.tensor_bytes(name)
-                # Dictionaries that no group uses are read by nobody else.
-                for packed in file.files:
+                for packed in file.files:  # in the order of spec §9
                     for index in range(len(packed.metadata.dictionaries)):
                         packed.dictionary(index)
+                    for group in packed.metadata.groups:
+                        experts = gpu.experts.load(file[group.name])
+                        assert (experts.decode().cpu().numpy() == file[group.name].decode().reshape(experts.shape)).all()
+                    for name in packed.metadata.passthrough:
+                        file.tensor_bytes(name)
         except qmoecodec.FormatError as error:
             found = error.reason
         assert found == expected, vector["id"]
