@@ -202,6 +202,13 @@ class TilePlan:
         }
 
 
+def choose_tile_rows(n_items: int, rows: int, n_multiprocessors: int) -> int:
+    """Return how many rows a tile may have, 128, 64 or 32, so that the tiles of so many items keep a device busy."""
+    if n_items * -(-rows // 128) >= 2 * n_multiprocessors:
+        return 128
+    return 64 if n_items * -(-rows // 64) >= n_multiprocessors else 32
+
+
 def plan_tile(
     layout: Layout,
     *,

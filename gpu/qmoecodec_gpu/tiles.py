@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from qmoecodec_gpu.matvec import Route
 
 #: Tokens per expert from which tiles are wide (docs/performance-gpu.md).
-WIDE_FROM: Final = 40
+WIDE_FROM: Final = 24
 
 #: Columns of a block, as x is arranged for kernels/tile_sm90.cu.
 _BLOCK_COLUMNS: Final = 64
@@ -40,10 +40,11 @@ def launch(
     """
     _, rows, cols = experts.shape
     device, n_multiprocessors = experts.device, modules.n_multiprocessors(experts.device)
-    # Smaller tiles where larger ones would leave multiprocessors without work.
-    enough = items.max_large * -(-rows // 128) >= 2 * n_multiprocessors
     is_wide = items.n_tokens >= WIDE_FROM * items.n_experts
-    tile = plan_for(experts, x, max_rows=128 if enough else 64, is_wide=is_wide)
+    max_rows = plan.choose_tile_rows(items.max_large, rows, n_multiprocessors)
+    tile = plan_for(experts, x, max_rows=max_rows, is_wide=is_wide)
+    if tile is None and max_rows < 64:  # not on 16-byte boundaries, perhaps
+        tile = plan_for(experts, x, max_rows=64)
     if tile is None:
         raise ValueError("large items need experts of 8-bit codewords, levels of x's type, and x on 16-byte boundaries")
     p, i32 = modules.pointer, modules.i32

@@ -199,3 +199,13 @@ def test_tile_plan():
     assert plan.plan_tile(layout, cols=64, **{**options, "max_phrase": 64}) is None
     assert plan.plan_tile(layout, cols=64, **{**options, "max_phrase": 64, "is_sm_90": True}).file == "tile_sm90.cu"
     assert plan.plan_tile(layout, cols=64, **{**options, "max_phrase": 128, "is_sm_90": True}) is None
+
+
+def test_small_tiles_where_there_are_few():
+    assert plan.choose_tile_rows(62, 2080, 132) == 128
+    assert plan.choose_tile_rows(10, 2080, 132) == 64
+    assert plan.choose_tile_rows(1, 2080, 132) == 32
+    layout = plan.choose_layout(least_words=4, mean_words=4, most_words=4)
+    options = {"max_phrase": 36, "max_nonzeros": 2, "max_shared_bytes": 232448, "max_rows": 32, "is_sm_90": True}
+    assert plan.plan_tile(layout, cols=6144, **options).file == "tile.cu"
+    assert plan.plan_tile(layout, cols=6143, **options) is None  # then 64 rows

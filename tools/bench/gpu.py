@@ -203,7 +203,7 @@ def describe(report: Report, *, times: bool = True) -> None:
     """Say on what this was measured."""
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    ).stdout.split("\n")[0]  # one line per GPU
     import cupy
 
     # Where the report goes is nobody's business.
