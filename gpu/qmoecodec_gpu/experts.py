@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from qmoecodec.dictionary import aivf
 from qmoecodec.errors import FormatError
-from qmoecodec.types import Dictionary, Encoded
+from qmoecodec.types import Dictionary
 from qmoecodec_gpu import modules, plan, tables
 from qmoecodec_gpu.loading import Facts, Staged, repack, stage, to_device, validate
-from qmoecodec_gpu.source import LEVEL_DTYPES, Stack, check_stack, raw_levels
+from qmoecodec_gpu.source import LEVEL_DTYPES, check_stack, first_experts, raw_levels
 
 _handles = itertools.count(1)
 _by_handle: weakref.WeakValueDictionary[int, GpuExperts] = weakref.WeakValueDictionary()
@@ -136,23 +135,25 @@ class GpuExperts:
             raise ValueError(f"layout is 'auto' or 'file', not {layout!r}")
         if levels is None:
             stack, levels, dtype = stack.encoded(), stack.levels, stack.dtype
-        check_stack(stack)
-        raw = raw_levels(levels, stack.shape, dtype)
         target = torch.device(device)
         if target.index is None:
             target = torch.device("cuda", torch.cuda.current_device())
+        try:
+            check_stack(stack)
+            raw = raw_levels(levels, stack.shape, dtype)
+            with torch.cuda.device(target):
+                # A file's bank may hold dictionaries of other groups, with other code bits.
+                used, places = np.unique(stack.dictionary_index, return_inverse=True)
+                dictionaries = tuple(stack.dictionaries[i] for i in used) or (_trivial_dictionary(),)
+                staged = stage(stack, places.astype(np.uint8), dictionaries, target)
+        except FormatError as error:
+            n = error.where.get("expert")
+            if isinstance(n, int) and n:  # what is wrong with the rows of the experts before it comes first (spec §9)
+                cls.load(first_experts(stack, n), levels[:n], dtype=dtype, device=target, layout="file")
+            raise
         with torch.cuda.device(target):
-            level_bytes = to_device(raw.data, target)
-            # A file's bank may hold dictionaries of other groups, with other code bits.
-            used, places = np.unique(stack.dictionary_index, return_inverse=True)
-            index = places.astype(np.uint8)
-            dictionaries = tuple(stack.dictionaries[i] for i in used) or (_trivial_dictionary(),)
             bank = Bank.upload(dictionaries, target)
-            try:
-                staged = stage(stack, index, dictionaries, target)
-            except FormatError as error:
-                _check_experts_before(error, stack, index, bank, level_bytes, raw.dtype)
-                raise
+            level_bytes = to_device(raw.data, target)
             return cls.from_staged(staged, bank, level_bytes, raw.dtype, layout=layout, recode=recode)
 
     @classmethod
@@ -325,25 +326,6 @@ def find(handle: int) -> GpuExperts:
     Raises KeyError where they no longer live.
     """
     return _by_handle[handle]
-
-
-def _check_experts_before(
-    error: FormatError, stack: Stack, index: npt.NDArray[np.uint8], bank: Bank, level_bytes: torch.Tensor, dtype: str
-) -> None:
-    """Check the rows of the experts before the one that an error names: theirs come first (spec §9)."""
-    n = error.where["expert"]
-    if not isinstance(n, int) or n == 0:
-        return
-    part = Encoded(
-        shape=(n, *stack.shape[1:]),
-        codes=stack.codes[: int(stack.code_offsets[n])],
-        code_offsets=stack.code_offsets[: n + 1],
-        row_lengths=stack.row_lengths[:n],
-        dictionary_index=stack.dictionary_index[:n],
-        dictionaries=stack.dictionaries,
-    )
-    staged = stage(part, index[:n], bank.dictionaries, level_bytes.device)
-    validate(staged, bank, level_bytes[:n], LEVEL_DTYPES.index(dtype))
 
 
 def _plan(layout: plan.Layout, bank: Bank, cols: int, tokens: int, device: torch.device) -> plan.GatherPlan | None:

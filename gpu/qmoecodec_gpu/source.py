@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qmoecodec.errors import FormatError
-from qmoecodec.types import MAX_DIM, Dictionary
+from qmoecodec.types import MAX_DIM, Dictionary, Encoded
 
 #: dtypes of levels, in the order of the number that kernels get.
 LEVEL_DTYPES: Final = ("BF16", "F16", "F32", "F64")
@@ -100,3 +100,15 @@ def check_stack(stack: Stack) -> None:
         raise FormatError("dictionary_index", expert=int(bad[0]))
     if len({stack.dictionaries[i].code_bits for i in np.unique(stack.dictionary_index)}) > 1:
         raise FormatError("dictionary_index", "the experts' dictionaries differ in code bits")
+
+
+def first_experts(stack: Stack, n: int) -> Encoded:
+    """Return the first n experts of a stack whose offsets are right."""
+    return Encoded(
+        shape=(n, *stack.shape[1:]),
+        codes=stack.codes[: int(stack.code_offsets[n])],
+        code_offsets=stack.code_offsets[: n + 1],
+        row_lengths=stack.row_lengths[:n],
+        dictionary_index=stack.dictionary_index[:n],
+        dictionaries=tuple(stack.dictionaries),
+    )

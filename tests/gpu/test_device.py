@@ -220,9 +220,17 @@ def reference_verdict(encoded, levels):
     """Raise what the reference finds first, in the order of spec §9."""
     from qmoecodec_gpu import loading, source
 
-    source.check_stack(encoded)
+    unknown = None
+    try:
+        source.check_stack(encoded)
+    except qmoecodec.FormatError as error:
+        if error.reason != "dictionary_index" or "expert" not in error.where:
+            raise
+        unknown = error
     experts, rows, cols = encoded.shape
     for e in range(experts):
+        if unknown and unknown.where["expert"] == e:
+            raise unknown
         dictionary = encoded.dictionaries[encoded.dictionary_index[e]]
         lengths = [int(n) for n in encoded.row_lengths[e]]
         ends = np.cumsum([(n * dictionary.code_bits + 7) // 8 for n in lengths]).tolist()

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+import qmoecodec
 from qmoecodec import reference
-from qmoecodec_gpu import plan, tables
+from qmoecodec_gpu import plan, source, tables
 
 
 def test_general_entries(dictionary):
@@ -209,3 +210,13 @@ def test_small_tiles_where_there_are_few():
     options = {"max_phrase": 36, "max_nonzeros": 2, "max_shared_bytes": 232448, "max_rows": 32, "is_sm_90": True}
     assert plan.plan_tile(layout, cols=6144, **options).file == "tile.cu"
     assert plan.plan_tile(layout, cols=6143, **options) is None  # then 64 rows
+
+
+def test_first_experts():
+    rng = np.random.default_rng(8)
+    digits = rng.integers(-1, 2, size=(4, 3, 50)).astype(np.int8)
+    encoded = qmoecodec.encode(digits)
+    for n in (1, 3, 4):
+        some = source.first_experts(encoded, n)
+        source.check_stack(some)
+        assert (qmoecodec.decode(some) == digits[:n]).all()
