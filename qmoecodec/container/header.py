@@ -117,7 +117,9 @@ def parse_header(data: bytes, n_file: int, *, strict: bool = True) -> Header:
     if strict and len(raw) > MAX_TENSORS:
         raise FormatError("tensor_count", f"{len(raw)} tensors, more than {MAX_TENSORS}")
     n_data = n_file - len(data)
-    tensors = {name: _check_entry(name, value, n_data, strict=strict) for name, value in raw.items()}
+    for name, value in raw.items():
+        raw[name] = _check_entry(name, value, n_data, strict=strict)
+    tensors: dict[str, TensorInfo] = raw
     _check_layout(tensors, n_data)
     if has_metadata and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise FormatError("header_schema", "__metadata__ is not an object of strings")
@@ -219,7 +221,7 @@ def header_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] 
     for name, info in tensors.items():  # an entry at a time: many small objects take far more memory than their text
         entry = {"dtype": info.dtype, "shape": info.shape, "data_offsets": (info.begin, info.end)}
         entries.append(f"{compact(name)}:{compact(entry)}")
-    text = ("{" + ",".join(entries) + "}").encode("utf-8")
+    text = f"{{{','.join(entries)}}}".encode()
     del entries
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:

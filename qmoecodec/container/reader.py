@@ -108,8 +108,8 @@ class File:
             raise
         groups = {info.name: Group(file, info) for file in self.files for info in file.metadata.groups}
         self.groups: Mapping[str, Group] = {name: groups[name] for name in sorted(groups)}
-        passthrough = {name: file for file in self.files for name in file.metadata.passthrough}
-        self.tensors = Tensors({name: passthrough[name] for name in sorted(passthrough)})
+        passthrough = sorted((name, i) for i, file in enumerate(self.files) for name in file.metadata.passthrough)
+        self.tensors = Tensors({name: self.files[i] for name, i in passthrough})
 
     def _check_directory(self) -> None:
         """Check the index against the shards, and names across shards (spec §8)."""

@@ -119,7 +119,7 @@ def _pieces(source: File) -> Iterator[Piece]:
     for file in source.files:
         for name in file.metadata.passthrough:
             info = file.header.tensors[name]
-            yield Piece(name, info.dtype, info.shape, partial(_passthrough, file, name))
+            yield Piece(name, info.dtype, info.shape, _Passthrough(file, name))
         for group in file.metadata.groups:
             experts = group.shape[0]
             if group.layout == "stacked":
@@ -130,11 +130,18 @@ def _pieces(source: File) -> Iterator[Piece]:
                 yield Piece(group.source, group.dtype, group.source_shape, partial(_experts, file, group, range(experts)))
 
 
-def _passthrough(file: PackedFile, name: str) -> Iterator[Chunk]:
-    file.check_passthrough(name)
-    n_bytes = file.header.tensors[name].n_bytes
-    for at in range(0, n_bytes, _BLOCK_BYTES):
-        yield file.read(name, at, min(n_bytes, at + _BLOCK_BYTES))
+@dataclass(frozen=True, slots=True)
+class _Passthrough:
+    """The bytes of a passthrough tensor; a file may have 65,536 of these, and a closure takes four times as much."""
+
+    file: PackedFile
+    name: str
+
+    def __call__(self) -> Iterator[Chunk]:
+        self.file.check_passthrough(self.name)
+        n_bytes = self.file.header.tensors[self.name].n_bytes
+        for at in range(0, n_bytes, _BLOCK_BYTES):
+            yield self.file.read(self.name, at, min(n_bytes, at + _BLOCK_BYTES))
 
 
 def _experts(file: PackedFile, group: GroupInfo, experts: range) -> Iterator[Chunk]:

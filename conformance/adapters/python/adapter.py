@@ -23,14 +23,17 @@ def restore(path: Path, out: Path) -> int:
     n = int.from_bytes(content[:8], "little")
     header: dict[str, Any] = json.loads(content[8 : 8 + n])
     header.pop("__metadata__", None)
-    listing = []
+    n_tensors = len(header)
     out.mkdir()
-    for i, (name, entry) in enumerate(header.items()):
-        begin, end = entry["data_offsets"]
-        (out / f"{i}.bin").write_bytes(content[8 + n + begin : 8 + n + end])
-        listing.append({"name": name, "dtype": entry["dtype"], "shape": entry["shape"], "file": f"{i}.bin"})
-    (out / "tensors.json").write_text(json.dumps(listing))
-    return len(listing)
+    with open(out / "tensors.json", "w") as listing:
+        for i in range(n_tensors):  # what is written is forgotten: this counts as the package's memory
+            name, entry = header.popitem()
+            begin, end = entry["data_offsets"]
+            (out / f"{i}.bin").write_bytes(content[8 + n + begin : 8 + n + end])
+            listed = {"name": name, "dtype": entry["dtype"], "shape": entry["shape"], "file": f"{i}.bin"}
+            listing.write(("," if i else "[") + json.dumps(listed))
+        listing.write("]" if n_tensors else "[]")
+    return n_tensors
 
 
 def decode(path: Path, out: Path, *, deep: bool) -> dict[str, Any]:
