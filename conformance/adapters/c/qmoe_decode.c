@@ -621,8 +621,7 @@ static Span map_file(const char *path) {
     if (fd < 0 || fstat(fd, &info) != 0) die(path);
     size_t n = (size_t)info.st_size; void *p = n == 0 ? NULL : mmap(NULL, n, PROT_READ, MAP_PRIVATE, fd, 0);
     if (p == MAP_FAILED || close(fd) != 0) die(path);
-    take(0, 1); blocks->size = n; blocks->map = p;
-    return (Span){p, n};
+    take(0, 1); blocks->size = n; blocks->map = p; return (Span){p, n};
 }
 static Span map_shard(const char *directory, Span name) { /* REQ-SHD-003 to REQ-SHD-005, REQ-SHD-008 */
     static char path[2 * PATH_MAX], real[PATH_MAX], home[PATH_MAX];
