@@ -14,6 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
+MUTATION_STAMP := $(VENV)/.installed-mutation
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip install -q -c constraints.txt
 
 # The packages that type checks and import contracts cover; one counts from the moment it exists.
@@ -26,7 +27,7 @@ C_ADAPTER := conformance/adapters/c
 WHEEL_SITE := build/wheel-site
 
 .PHONY: help venv demo test lint types layers unit check check-long test-wheel bench bench-gpu conformance conformance-c \
-        docs wheel clean
+        docs wheel mutation clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | sort | awk -F'\t' '{ printf "  %-15s %s\n", $$1, $$2 }'
@@ -51,6 +52,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 $(DOCS_STAMP): $(STAMP)
 	$(PIP) --no-build-isolation -e '.[docs]'
+	@touch $@
+
+$(MUTATION_STAMP): $(STAMP)
+	$(PIP) cosmic-ray==8.7.0
 	@touch $@
 
 demo: $(STAMP)  ## store the example model, and quantize, evaluate and run it from the compressed form
@@ -103,6 +108,9 @@ conformance: $(STAMP)  ## the conformance vectors against the Python codec
 conformance-c: $(STAMP)  ## the conformance vectors against the C decoder
 	$(MAKE) -C $(C_ADAPTER)
 	$(BIN)/python conformance/run.py --adapter c
+
+mutation: $(MUTATION_STAMP)  ## change the decoder and the validator, and see whether the tests notice (hours)
+	$(BIN)/python tests/mutation/run.py
 
 docs: $(DOCS_STAMP)  ## the documentation, warnings are errors
 	$(BIN)/python -m sphinx -q -W --keep-going -E -b html docs docs/_build/html
