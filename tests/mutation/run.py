@@ -59,7 +59,7 @@ CALLERS = {
     "qmoecodec/_kernels/ternary.py": {("qmoecodec/container/ternary.py", "fill_rows")},
     KERNELS: {("qmoecodec/codec/rows.py", name) for name in ("decode_rows", "count_digits", "matvec_rows")},
 }
-SLOW_SECONDS = 1.0
+SLOW_SECONDS = 0.6
 SLOW = ("tests/unit/test_dictionary_aivf.py", "tests/unit/test_dictionary_qmoe2023.py", "tests/unit/test_determinism.py",
         "tests/unit/test_faults.py::test_killed", "tests/unit/test_faults.py::test_the_command_line",
         "tests/unit/test_container_header.py::test_too_many", "tests/unit/test_container_damage.py::test_every_flipped_bit",
