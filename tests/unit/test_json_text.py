@@ -1,0 +1,70 @@
+"""The reader of JSON by itself: what numbers become, which characters begin and end a value, and the places of errors."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+
+from qmoecodec.container.json_text import canonical, compact, decode_utf8, parse_object
+from qmoecodec.errors import FormatError
+
+
+def error_of(text: str) -> FormatError:
+    with pytest.raises(FormatError) as caught:
+        parse_object(text)
+    return caught.value
+
+
+def test_any_number_becomes_an_integer_while_it_is_one() -> None:
+    text = '{"m":[1,1234567890123456789,12345678901234567890,123456789012345678901,1.5,-1]}'
+    numbers = parse_object(text, any_number_below="m")["m"]
+    assert numbers == [1, 1234567890123456789, 12345678901234567890.0, 123456789012345678901.0, 1.5, -1.0]
+    assert [type(n) for n in numbers] == [int, int, float, float, float, float]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"a":}}', '{"a":~}}', '{"a":é}}', "{~", "{}}", '{"a":1~', '{"a":1é', '["a":1}', '}"a":1}', '~"a":1}', '!"a":1}'],
+)  # fmt: skip
+def test_other_characters_open_and_close_nothing(text: str) -> None:
+    assert error_of(text).reason == "header_json"
+
+
+def test_what_was_expected_is_said() -> None:
+    assert error_of('{"a":').message == error_of('{"a":!}').message == "expected a value"
+    assert error_of('{"a"').message == "expected ':'"
+    assert error_of("[]").message == "the text is not an object"
+    assert error_of("{} {").message == "something follows the object"
+
+
+@pytest.mark.parametrize(
+    ("text", "quoted"),
+    [
+        ('{"a":-' + "1" * 60 + "}", "-" + "1" * 39 + " is not"),
+        ('{"a":' + "9" * 60 + "}", "9" * 40 + " is above"),
+        ('{"' + "k" * 90 + '":1,"' + "k" * 90 + '":2}', "'" + "k" * 80 + "' stands"),
+    ],
+)
+def test_a_message_quotes_the_beginning_of_what_is_long(text: str, quoted: str) -> None:
+    assert re.search(rf"(^|\s){re.escape(quoted)}", error_of(text).message)
+
+
+def test_places_are_bytes_of_the_file() -> None:
+    for data, byte in ((b"\xef\xbb\xbf{}", 0), (b'{"\xff', 2), (b'{"\xc3\xa9\xff', 4)):
+        for base in (0, 8):
+            with pytest.raises(FormatError) as caught:
+                decode_utf8(data, base=base)
+            assert caught.value.where == {"byte": base + byte}
+        with pytest.raises(FormatError) as caught:
+            decode_utf8(data)
+        assert caught.value.where == {"byte": byte}
+
+
+@pytest.mark.parametrize("write", [canonical, compact])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_what_is_no_json_is_not_written(write: object, number: float) -> None:
+    assert callable(write)
+    with pytest.raises(ValueError, match="JSON"):
+        write({"a": number})
