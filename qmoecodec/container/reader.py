@@ -112,7 +112,10 @@ class File:
         self.tensors = Tensors({name: self.files[i] for name, i in passthrough})
 
     def _check_directory(self) -> None:
-        """Check the index against the shards, and names across shards (spec §8)."""
+        """Check the index against the shards, and names across shards (spec §8).
+
+        Two shards with a group of one name have its role tensors twice, and are found by these.
+        """
         if self.shards.weight_map is None:
             return  # one file, which has been checked
         stored: dict[str, str] = {}

@@ -1,0 +1,81 @@
+"""Files in chunks, and files and directories that appear whole, each by itself."""
+
+import errno
+import os
+import pathlib
+
+import pytest
+
+from qmoecodec.container import files
+from qmoecodec.container.files import atomic_directory, atomic_file, copy_file, new_file, read_at, read_chunks
+from qmoecodec.errors import FormatError
+
+DATA = bytes(range(1, 24))
+
+
+@pytest.fixture
+def source(tmp_path: pathlib.Path) -> pathlib.Path:
+    (tmp_path / "source").write_bytes(DATA)
+    return tmp_path / "source"
+
+
+def test_chunks_follow_each_other(source: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "CHUNK_BYTES", 4)
+    fd = os.open(source, os.O_RDONLY)
+    try:
+        for begin, n in ((0, 23), (3, 12), (5, 9), (7, 4), (2, 0)):
+            chunks = [bytes(chunk) for chunk in read_chunks(fd, begin, n)]
+            assert b"".join(chunks) == DATA[begin : begin + n]
+            assert [len(chunk) for chunk in chunks] == [4] * (n // 4) + [n % 4] * (n % 4 > 0)
+        with pytest.raises(FormatError) as caught:
+            read_at(fd, 3, 21)
+        assert (caught.value.reason, caught.value.where) == ("truncated", {"byte": 23})
+    finally:
+        os.close(fd)
+    copy_file(source, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == DATA
+
+
+def test_new_files_are_new_and_readable_by_all(tmp_path: pathlib.Path) -> None:
+    mask = os.umask(0)
+    try:
+        with new_file(tmp_path / "a") as fd:
+            os.write(fd, b"x")
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666
+    with pytest.raises(FileExistsError), new_file(tmp_path / "a"):
+        pass
+    assert (tmp_path / "a").read_bytes() == b"x"
+
+
+def test_an_error_names_the_file_unless_it_names_one(tmp_path: pathlib.Path) -> None:
+    for names in ((), (str(tmp_path / "other"),)):
+        for make in (atomic_file, atomic_directory):
+            with pytest.raises(OSError, match="full") as caught, make(tmp_path / "target", overwrite=False):
+                raise OSError(errno.ENOSPC, "full", *names)
+            assert caught.value.filename == (names[0] if names else str(tmp_path / "target"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_first_error_is_the_one_that_is_seen(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "target"
+    with pytest.raises(KeyError), atomic_directory(target, overwrite=False) as temporary:
+        temporary.rmdir()
+        raise KeyError("own")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="broken"), atomic_directory(target, overwrite=False):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_link_to_a_directory_is_left_alone(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with pytest.raises(FileExistsError, match="not a directory"), atomic_directory(tmp_path / "link", overwrite=True):
+        pass
+    assert (tmp_path / "link").is_symlink()

@@ -1,0 +1,328 @@
+"""Packed files made by hand, codeword by codeword: what reading and verifying say of them, and of which place."""
+
+import json
+import os
+import pathlib
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+import qmoecodec
+from qmoecodec.container import verify
+from qmoecodec.container.reader import File
+from qmoecodec.dictionary.serial import pack_two_bits
+from qmoecodec.errors import FormatError
+
+# The dictionary: 0 is a zero, 1 is -, 2 is +, 3 is two zeros, 4 is + and a zero; all others are unused.
+ZERO, MINUS, PLUS, ZEROS, PLUS_ZERO, UNUSED = range(6)
+DICTIONARY = bytes([1, 1, 1, 2, 2] + [0] * 251) + pack_two_bits(np.uint8([0, 1, 2, 0, 0, 2, 0]))
+Tensors = dict[str, list[Any]]  # name -> [dtype, shape, bytes]
+Change = Callable[[Tensors, dict[str, Any]], None]
+GOOD = [[[ZERO, MINUS, PLUS, ZERO], [ZEROS, ZEROS], [PLUS, ZEROS, MINUS]]] * 2
+
+
+def forge(
+    experts: Sequence[Sequence[Sequence[int]]] = GOOD, *, cols: int = 4, name: str = "g", levels: Any = (-1, 1), first: int = 0,
+    change: Change | None = None, passthrough: str = "t", late: Change | None = None,
+) -> bytes:  # fmt: skip
+    """Return a packed file with one stacked group; `change` is made before the checksums, `late` after those of experts."""
+    n, rows = len(experts), len(experts[0])
+    codes = [b"".join(bytes(row) for row in expert) for expert in experts]
+    lengths = np.uint8([[len(row) for row in expert] for expert in experts]).reshape(n, rows)
+    base = int(lengths.min(initial=255)) if lengths.size else 0
+    tensors: Tensors = {
+        f"{name}_levels": ["F32", [n, rows, 2], np.broadcast_to(np.float32(levels), (n, rows, 2)).tobytes()],
+        f"{name}_checksums": ["U32", [n], bytes(4 * n)],
+        f"{name}_code_offsets": ["U64", [n + 1], np.cumsum([0, *map(len, codes)]).astype(np.uint64).tobytes()],
+        f"{name}_codes": ["U8", [sum(map(len, codes))], b"".join(codes)],
+        f"{name}_dictionary_index": ["U8", [n], bytes(n)],
+        f"{name}_row_lengths": ["U8", [n, rows], (lengths - base).tobytes()],
+        "qmoecodec.dictionary.0": ["U8", [len(DICTIONARY)], DICTIONARY],
+        passthrough: ["U8", [3], b"abc"],
+        "qmoecodec.header_crc32": ["U32", [1], bytes(4)],
+    }
+    text: dict[str, Any] = {
+        "format_version": "1.0", "required_features": [], "optional_features": [],
+        "dictionaries": [{"kind": "table", "code_bits": 8, "threshold": 256, "crc32": ""}],
+        "groups": [{"name": name, "layout": "stacked", "source": f"{name}.{{}}.w", "shape": [n, rows, cols], "dtype": "F32",
+                    "code_bits": 8, "row_length_base": base, "expert_ranges": [[first, first + n]] if n else []}],
+        "passthrough": {passthrough: ""},
+    }  # fmt: skip
+    if change is not None:
+        change(tensors, text)
+    offsets = np.frombuffer(tensors[f"{name}_code_offsets"][2], np.uint64)
+    sums = b""
+    for e in range(n):
+        parts = [tensors[f"{name}_codes"][2][int(offsets[e]) : int(offsets[e + 1])]]
+        for role in ("row_lengths", "levels", "dictionary_index"):
+            data = tensors[f"{name}_{role}"][2]
+            parts.append(data[e * len(data) // n : (e + 1) * len(data) // n])
+        sums += struct.pack("<I", zlib.crc32(b"".join([*parts, offsets[e : e + 2].tobytes()])))
+    tensors[f"{name}_checksums"][2] = sums
+    for i, entry in enumerate(text["dictionaries"]):
+        entry["crc32"] = f"{zlib.crc32(tensors[f'qmoecodec.dictionary.{i}'][2]):08x}"
+    for key in text["passthrough"]:
+        text["passthrough"][key] = f"{zlib.crc32(tensors[key][2]):08x}"
+    if late is not None:
+        late(tensors, text)
+    metadata = {"qmoecodec": json.dumps(text, sort_keys=True, separators=(",", ":"))}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    body = b""
+    order = sorted(tensors, key=lambda key: -{"U64": 8, "F32": 4, "U32": 4, "U16": 2}.get(tensors[key][0], 1))
+    for key in order:
+        dtype, shape, data = tensors[key]
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [len(body), len(body) + len(data)]}
+        body += data
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    head = struct.pack("<Q", len(head)) + head
+    at = header["qmoecodec.header_crc32"]["data_offsets"][0]
+    return head + body[:at] + struct.pack("<I", zlib.crc32(head)) + body[at + 4 :]
+
+
+@pytest.fixture
+def path(tmp_path: pathlib.Path) -> pathlib.Path:
+    return tmp_path / "f.safetensors"
+
+
+def found(path: pathlib.Path, *, deep: bool = False) -> list[tuple[str, dict[str, object]]]:
+    return [(problem.reason, problem.where) for problem in verify(path, deep=deep).problems]
+
+
+def error_of(touch: Callable[[], object]) -> FormatError:
+    with pytest.raises(FormatError) as caught:
+        touch()
+    return caught.value
+
+
+def put(name: str, data: bytes, at: int = 0) -> Change:
+    def change(tensors: Tensors, text: dict[str, Any]) -> None:
+        old = tensors[name][2]
+        tensors[name][2] = old[:at] + data + old[at + len(data) :]
+
+    return change
+
+
+def set_text(key: str, value: object) -> Change:
+    def change(tensors: Tensors, text: dict[str, Any]) -> None:
+        text["groups"][0][key] = value
+
+    return change
+
+
+def test_a_file_made_by_hand_is_good(path: pathlib.Path) -> None:
+    path.write_bytes(forge())
+    assert found(path) == []
+    with qmoecodec.open(path) as f:
+        assert f["g"].decode().tolist() == [[[0, -1, 1, 0], [0, 0, 0, 0], [1, 0, 0, -1]]] * 2
+        assert f.n_file_bytes == path.stat().st_size
+        assert repr(f) == f"<File {str(path)!r}: 1 groups, 1 tensors>"
+        assert repr(f["g"]) == "<Group 'g' stacked [2, 3, 4] F32>"
+        assert f["g"].data.n_bytes == sum(
+            f.files[0].header.tensors[f"g_{role}"].n_bytes
+            for role in ("codes", "code_offsets", "row_lengths", "levels", "dictionary_index", "checksums")
+        )
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "codeword"),
+    [
+        ([ZERO, UNUSED, ZERO, ZERO], "unused_codeword", {"codeword": 1}),
+        ([ZERO, ZERO, ZERO], "row_underrun", {}),
+        ([ZERO], "row_underrun", {}),
+        ([ZERO, ZERO, ZERO, ZERO, ZERO], "row_overrun", {"codeword": 4}),
+        ([ZEROS, ZERO, PLUS, ZEROS, ZERO], "row_overrun", {"codeword": 3}),
+        ([ZERO, ZERO, ZERO, PLUS_ZERO], None, {}),
+        ([ZERO, ZERO, ZEROS, ZEROS], "row_overrun", {"codeword": 3}),
+    ],
+)
+def test_a_broken_row_is_named_however_it_is_read(
+    path: pathlib.Path, row: list[int], reason: str | None, codeword: dict[str, int]
+) -> None:
+    good = [ZERO, MINUS, PLUS, ZERO]
+    path.write_bytes(forge([[good] * 5, [good, good, good, row, good]]))
+    where = {"group": "g", "expert": 1, "row": 3, **codeword}
+    assert found(path) == ([(reason, where)] if reason else [])
+    with qmoecodec.open(path) as f:
+        group = f["g"]
+        expert = group.expert(1)
+        if reason is None:
+            assert group.decode()[1, 3].tolist() == expert.rows(3, 4)[0].tolist() == [0, 0, 0, 1]
+            return
+        for touch in (group.decode, group.dense, expert.decode, expert.dense, lambda: expert.rows(3, 4),
+                      lambda: expert.rows(0, 4), lambda: expert.rows(2, 5), lambda: expert.rows(3, 5)):  # fmt: skip
+            error = error_of(touch)
+            assert (error.reason, error.where) == (reason, where)
+        assert expert.rows(0, 3).tolist() == [[0, -1, 1, 0]] * 3
+        assert expert.rows(4, 5).tolist() == [[0, -1, 1, 0]]
+        assert group.expert(0).decode().tolist() == [[0, -1, 1, 0]] * 5
+
+
+def test_numbers_of_experts_and_rows_that_are_not_there(path: pathlib.Path) -> None:
+    path.write_bytes(forge())
+    with qmoecodec.open(path) as f:
+        for expert in (-1, 2):
+            with pytest.raises(IndexError, match=f"expert {expert} of 2"):
+                f["g"].expert(expert)
+        for begin, end in ((-1, 2), (2, 1), (0, 4)):
+            with pytest.raises(IndexError, match=rf"rows {begin}\.\.{end} of 3"):
+                f["g"].expert(0).rows(begin, end)
+        assert f["g"].expert(1).rows(1, 1).shape == (0, 4)
+        assert [expert.index for expert in f["g"]] == [0, 1]
+
+
+def test_levels_are_named_by_row(path: pathlib.Path) -> None:
+    levels = np.float32([[[-1, 1]] * 3] * 2)
+    levels[1, 2] = [0, 1]  # the row has a -
+    path.write_bytes(forge(levels=levels))
+    where = {"group": "g", "expert": 1, "row": 2}
+    assert found(path) == [("level_zero", where)]
+    with qmoecodec.open(path) as f:
+        for touch in (f["g"].decode, lambda: f["g"].expert(1).rows(1, 3), lambda: f["g"].expert(1).rows(2, 3)):
+            error = error_of(touch)
+            assert (error.reason, error.where) == ("level_zero", where)
+    levels[1, 2] = [1, -1]
+    path.write_bytes(forge(levels=levels))
+    assert found(path) == [("level_value", where)]
+
+
+def test_row_lengths_are_checked_before_anything_is_decoded(path: pathlib.Path) -> None:
+    place = {"group": "g", "expert": 0}
+    for change, where, message in (
+        (put("g_row_lengths", b"\x09", 2), {**place, "row": 2}, "a row has more codewords than its expert bytes"),
+        (put("g_row_lengths", b"\x01", 1), place, "the rows take 10 bytes, the expert has 9"),
+        (put("g_row_lengths", b"\x01\x00", 0), place, "the rows take 8 bytes, the expert has 9"),
+    ):
+        path.write_bytes(forge(change=change))
+        with qmoecodec.open(path) as f:
+            error = error_of(lambda: f["g"].expert(0))
+        assert (error.reason, error.where, error.message) == ("row_lengths", where, message)
+    path.write_bytes(forge([[[ZERO] * 9], [[ZERO] * 9]], cols=18))
+    assert found(path) == [("row_underrun", {**place, "row": 0}), ("row_underrun", {**place, "expert": 1, "row": 0})]
+    path.write_bytes(forge([[[ZERO] * 9], [[ZERO] * 9]], cols=19))
+    assert found(path) == [("row_underrun", place), ("row_underrun", {**place, "expert": 1})]
+    with qmoecodec.open(path) as f:
+        assert error_of(lambda: f["g"].expert(0)).message == "9 codewords cannot give 1 x 19 digits"
+
+
+def test_a_dictionary_that_is_not_there_or_does_not_fit(path: pathlib.Path) -> None:
+    path.write_bytes(forge(change=put("g_dictionary_index", b"\1", 1)))
+    assert found(path) == [("dictionary_index", {"group": "g", "expert": 1})]
+    with qmoecodec.open(path) as f:
+        assert error_of(f["g"].decode).message == "dictionary 1 of 1"
+    path.write_bytes(forge(change=set_text("code_bits", 12)))
+    assert found(path) == [("dictionary_index", {"group": "g", "expert": e}) for e in (0, 1)]
+    with qmoecodec.open(path) as f:
+        assert error_of(f["g"].decode).message == "dictionary 0 has 8 code bits, the group 12"
+
+
+@pytest.mark.parametrize("offsets", [(1, 9, 18), (0, 9, 17), (0, 9, 19), (0, 19, 18), (9, 0, 18)])
+def test_offsets(path: pathlib.Path, offsets: tuple[int, ...]) -> None:
+    path.write_bytes(forge(late=put("g_code_offsets", struct.pack("<3Q", *offsets))))
+    assert found(path) == [("code_offsets", {"group": "g", "tensor": "g_code_offsets"})]
+
+
+def test_checksums_are_named(path: pathlib.Path) -> None:
+    for change, where in (
+        (put("g_checksums", b"\xff\xff\xff\xff", 4), {"group": "g", "expert": 1}),
+        (put("t", b"x", 1), {"tensor": "t"}),
+        (put("qmoecodec.dictionary.0", b"\2", 2), {"tensor": "qmoecodec.dictionary.0"}),
+    ):
+        path.write_bytes(forge(late=change))
+        assert found(path) == [("checksum", where)]
+    path.write_bytes(forge(change=put("qmoecodec.dictionary.0", b"\3\3", 256)))
+    assert found(path) == [("dictionary_symbol", {"tensor": "qmoecodec.dictionary.0", "byte": 256})]
+
+
+def test_a_file_without_experts_or_rows_or_columns(path: pathlib.Path) -> None:
+    path.write_bytes(forge([[], []], cols=4))
+    assert found(path) == []
+    with qmoecodec.open(path) as f:
+        assert f["g"].decode().shape == (2, 0, 4)
+        assert f["g"].levels.shape == (2, 0, 2)
+    path.write_bytes(forge([[[], []], [[], []]], cols=0))
+    assert found(path, deep=True) == []
+    with qmoecodec.open(path) as f:
+        assert f["g"].dense().shape == (2, 2, 0)
+
+
+# --- several files
+
+
+def directory(folder: pathlib.Path, **parts: bytes) -> pathlib.Path:
+    """Write shards and the index that fits them."""
+    folder.mkdir()
+    weight_map: dict[str, str] = {}
+    for name, data in parts.items():
+        (folder / f"{name}.safetensors").write_bytes(data)
+        (n,) = struct.unpack("<Q", data[:8])
+        stored = json.loads(data[8 : 8 + n])
+        for key in stored:
+            if not key.startswith(("qmoecodec.", "__")):
+                weight_map.setdefault(key, f"{name}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def test_errors_of_shards_name_the_file(tmp_path: pathlib.Path) -> None:
+    broken = forge(name="h", passthrough="u", late=put("u", b"x"))
+    folder = directory(tmp_path / "a", one=forge(), two=broken)
+    assert found(folder) == [("checksum", {"file": "two.safetensors", "tensor": "u"})]
+    with qmoecodec.open(folder) as f:
+        assert sorted(f) == ["g", "h"] and sorted(f.tensors) == ["t", "u"]
+        assert f.n_file_bytes == sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    (folder / "two.safetensors").write_bytes(broken[:-1])
+    assert found(folder)[0][1]["file"] == "two.safetensors"
+    alone = directory(tmp_path / "b", one=forge(late=put("t", b"x")))
+    assert found(alone) == [("checksum", {"tensor": "t"})]
+    (alone / "one.safetensors").write_bytes(forge()[:-1])
+    assert "file" not in found(alone)[0][1]
+
+
+def test_names_in_two_shards(tmp_path: pathlib.Path) -> None:
+    for name, other, tensor in (
+        ("a", forge(name="g", passthrough="u"), "g_code_offsets"),
+        ("b", forge(name="h", passthrough="t"), "t"),
+    ):
+        folder = directory(tmp_path / name, one=forge(), two=other)
+        assert found(folder) == [("source_conflict", {"tensor": tensor, "file": "two.safetensors"})]
+        assert verify(folder).problems[0].message.startswith("[source_conflict] one.safetensors has it too")
+
+    def same_source(tensors: Tensors, text: dict[str, Any]) -> None:
+        text["groups"][0]["source"] = "g.{}.w"
+
+    folder = directory(tmp_path / "c", one=forge(), two=forge(name="h", passthrough="u", first=1, late=same_source))
+    assert found(folder) == [("source_conflict", {"tensor": "g.1.w", "file": "two.safetensors"})]
+    folder = directory(tmp_path / "d", one=forge(), two=forge(name="h", passthrough="u", first=2, late=same_source))
+    assert found(folder) == []
+
+
+def test_the_first_tensor_that_index_and_shards_do_not_agree_on(tmp_path: pathlib.Path) -> None:
+    folder = directory(tmp_path / "a", one=forge(), two=forge(name="h", passthrough="u"))
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    for change, name in (
+        (lambda m: m.update({"h_levels": "one.safetensors", "u": "one.safetensors"}), "h_levels"),
+        (lambda m: m.pop("t"), "t"),
+        (lambda m: m.update({"zz": "one.safetensors"}), "zz"),
+    ):
+        wrong = dict(weight_map)
+        change(wrong)
+        index.write_text(json.dumps({"weight_map": wrong}))
+        assert found(folder) == [("shard_mismatch", {"tensor": name})]
+
+
+def test_files_are_closed_where_opening_fails(tmp_path: pathlib.Path) -> None:
+    folder = directory(tmp_path / "a", one=forge(), two=forge(name="h", passthrough="u")[:-1])
+    path = tmp_path / "f.safetensors"
+    path.write_bytes(forge(late=set_text("dtype", "F8")))
+    before = len(os.listdir("/proc/self/fd"))
+    for broken in (folder, path):
+        for mapped in (True, False):
+            with pytest.raises(FormatError):
+                File(broken, mapped=mapped)
+    assert len(os.listdir("/proc/self/fd")) == before
