@@ -98,10 +98,26 @@ def unpack_row(data: bytes, *, n_codewords: int, code_bits: int) -> list[int]:
 
     Raises FormatError: row_padding.
     """
-    number = int.from_bytes(data, "little")
-    if number >> (n_codewords * code_bits):
+    codewords = _codewords(data, n_codewords, code_bits)
+    check_padding(data, n_codewords=n_codewords, code_bits=code_bits)
+    return codewords
+
+
+def _codewords(data: bytes, n_codewords: int, code_bits: int) -> list[int]:
+    # Three bytes hold any codeword. The row as one large number would take time that grows with the square of its length.
+    mask = (1 << code_bits) - 1
+    places = (divmod(code_bits * k, 8) for k in range(n_codewords))
+    return [int.from_bytes(data[byte : byte + 3], "little") >> bit & mask for byte, bit in places]
+
+
+def check_padding(data: bytes, *, n_codewords: int, code_bits: int) -> None:
+    """Check that the bits of a row beyond its codewords are 0 (spec §5.3).
+
+    Raises FormatError: row_padding.
+    """
+    byte, bit = divmod(n_codewords * code_bits, 8)
+    if int.from_bytes(data[byte:], "little") >> bit:
         raise FormatError("row_padding")
-    return [number >> (code_bits * k) & ((1 << code_bits) - 1) for k in range(n_codewords)]
 
 
 def read_row(data: bytes, *, n_codewords: int, cols: int, dictionary: Dictionary) -> list[int]:
@@ -109,9 +125,6 @@ def read_row(data: bytes, *, n_codewords: int, cols: int, dictionary: Dictionary
 
     Raises FormatError: unused_codeword, row_overrun, row_underrun, overrun_nonzero, row_padding.
     """
-    n_bits = n_codewords * dictionary.code_bits
-    codes = int.from_bytes(data, "little") & (1 << n_bits) - 1
-    codewords = unpack_row(codes.to_bytes(len(data), "little"), n_codewords=n_codewords, code_bits=dictionary.code_bits)
-    digits = decode_row(codewords, cols=cols, dictionary=dictionary)
-    unpack_row(data, n_codewords=n_codewords, code_bits=dictionary.code_bits)
+    digits = decode_row(_codewords(data, n_codewords, dictionary.code_bits), cols=cols, dictionary=dictionary)
+    check_padding(data, n_codewords=n_codewords, code_bits=dictionary.code_bits)
     return digits

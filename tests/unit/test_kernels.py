@@ -156,3 +156,28 @@ def test_a_row_that_a_kernel_refuses_and_the_reference_accepts_is_a_bug() -> Non
     codes, _ = pack([[3, 3]], 8)
     with pytest.raises(AssertionError, match="row 5"):
         explain(codes, 0, 2, cols=2, dictionary=trees(8), row=5)
+
+
+@pytest.mark.parametrize("nonzeros", [1, 3, 4])
+@pytest.mark.parametrize("cols", [17, 255, 256, 4000, 5000])
+def test_a_row_that_goes_on_for_megabytes_is_refused_at_its_end(nonzeros: int, cols: int) -> None:
+    """Nothing is written where the digits beyond the end of the row would be: that is far outside of all memory taken."""
+    long = b"\0" * (255 - nonzeros) + b"\2" * nonzeros
+    d = table_from_phrases([long, b"\0", *[b""] * 254], code_bits=8)
+    for first in (0, 1, 16, 17):
+        row = np.zeros(400_000, np.uint8)
+        row[:first] = 1
+        lengths = np.array([len(row)], np.uint32)
+        expected = ["row_overrun", {"row": 0, "codeword": min(cols, first) + -(-max(cols - first, 0) // 255)}]
+        assert outcome(q.decode_rows, row, lengths, cols=cols, dictionary=d) == expected
+        levels, x = np.ones((1, 2), np.float32), np.ones(cols, np.float32)
+        assert outcome(q.matvec_rows, row, lengths, levels, x, dictionary=d) == expected
+
+
+@pytest.mark.parametrize("code_bits", [8, 12, 16])
+def test_a_long_row_is_explained_in_time_that_grows_with_its_length(code_bits: int) -> None:
+    """A row of 600,000 codewords: as one large number it would take minutes."""
+    d = table_from_phrases([b"\0", b"\2", *[b""] * ((1 << code_bits) - 2)], code_bits=code_bits)
+    pair = (1 << code_bits | 1).to_bytes(code_bits // 4, "little")
+    codes, lengths = np.frombuffer(pair * 300_000, np.uint8), np.array([600_000], np.uint32)
+    assert outcome(q.decode_rows, codes, lengths, cols=17, dictionary=d) == ["row_overrun", {"row": 0, "codeword": 17}]
