@@ -1,5 +1,6 @@
 """Packed files made by hand, codeword by codeword: what reading and verifying say of them, and of which place."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import pytest
 import qmoecodec
 from qmoecodec.container import verify
 from qmoecodec.container.reader import File
+from qmoecodec.dictionary import parse
 from qmoecodec.dictionary.serial import pack_two_bits
 from qmoecodec.errors import FormatError
 
@@ -21,6 +23,7 @@ from qmoecodec.errors import FormatError
 ZERO, MINUS, PLUS, ZEROS, PLUS_ZERO, UNUSED = range(6)
 DICTIONARY = bytes([1, 1, 1, 2, 2] + [0] * 251) + pack_two_bits(np.uint8([0, 1, 2, 0, 0, 2, 0]))
 Tensors = dict[str, list[Any]]  # name -> [dtype, shape, bytes]
+verify_module = importlib.import_module("qmoecodec.container.verify")  # the name in the package is the function
 Change = Callable[[Tensors, dict[str, Any]], None]
 GOOD = [[[ZERO, MINUS, PLUS, ZERO], [ZEROS, ZEROS], [PLUS, ZEROS, MINUS]]] * 2
 
@@ -326,3 +329,109 @@ def test_files_are_closed_where_opening_fails(tmp_path: pathlib.Path) -> None:
             with pytest.raises(FormatError):
                 File(broken, mapped=mapped)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# --- verify
+
+
+GOOD_ROW, BAD_ROW, OTHER_ROW = [PLUS, ZEROS, ZERO], [ZERO, UNUSED, ZERO], [PLUS, ZERO, ZERO, ZERO]
+
+
+def canonical(rows: int) -> list[list[int]]:
+    """Rows + 0 0 0 as `deep` wants them."""
+    digits = np.int8([[1, 0, 0, 0]])
+    codes, _ = qmoecodec.encode_rows(digits, dictionary=parse(DICTIONARY, kind="table", code_bits=8, threshold=256))
+    return [codes.tolist() for _ in range(rows)]
+
+
+@pytest.mark.parametrize("block", [1, 4, 7, 8, 4 * 16, 4 * 17, 1 << 20])
+def test_how_many_rows_of_an_expert_are_named(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(verify_module, "BLOCK_BYTES", block)
+    good = canonical(1)[0]
+    for bad in (range(40), range(16), range(3, 40, 2), range(0, 40, 3), [39], [0, 39], []):
+        rows = [BAD_ROW if r in bad else good for r in range(40)]
+        path.write_bytes(forge([rows, [good] * 40]))
+        expected = [("unused_codeword", {"group": "g", "expert": 0, "row": r, "codeword": 1}) for r in bad][:16]
+        assert found(path) == expected
+        assert found(path, deep=True) == expected
+        rows = [OTHER_ROW if r in bad else good for r in range(40)]
+        path.write_bytes(forge([rows, [good] * 40]))
+        assert found(path) == []
+        expected = [("not_canonical", {"group": "g", "expert": 0, "row": r}) for r in bad][:16]
+        assert found(path, deep=True) == expected
+
+
+@pytest.mark.parametrize("block", [4, 12, 1 << 20])
+@pytest.mark.parametrize(("n_bad", "n_zero"), [(2, 3), (3, 20), (20, 3), (16, 1), (15, 2), (0, 17), (0, 16), (1, 15)])
+def test_rows_are_named_before_levels(
+    path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, block: int, n_bad: int, n_zero: int
+) -> None:
+    """Levels that are zero come first in the file, and last in the report."""
+    monkeypatch.setattr(verify_module, "BLOCK_BYTES", block)
+    levels = np.float32([[[-1, 1]] * 40])
+    levels[0, :n_zero] = [-1, 0]
+    path.write_bytes(forge([[GOOD_ROW] * (40 - n_bad) + [BAD_ROW] * n_bad], levels=levels))
+    place = {"group": "g", "expert": 0}
+    expected = [("unused_codeword", {**place, "row": r, "codeword": 1}) for r in range(40 - n_bad, 40)]
+    expected += [("level_zero", {**place, "row": r}) for r in range(n_zero)]
+    assert found(path) == expected[:16]
+
+
+def test_what_is_not_canonical_comes_after_all_else(path: pathlib.Path) -> None:
+    path.write_bytes(forge([[OTHER_ROW] * 2, [BAD_ROW] * 2, [OTHER_ROW, GOOD_ROW]], late=put("t", b"x")))
+    assert [(reason, where.get("expert")) for reason, where in found(path, deep=True)][:3] == [
+        ("unused_codeword", 1), ("unused_codeword", 1), ("checksum", None),
+    ]  # fmt: skip
+    rest = found(path, deep=True)[3:]
+    assert {reason for reason, _ in rest} == {"not_canonical"}
+    assert {"group": "g", "expert": 0, "row": 1} in [where for _, where in rest]
+    report = verify(path)
+    assert (report.n_groups, report.n_experts, report.n_tensors, report.ok, report.deep) == (1, 3, 1, False, False)
+    path.write_bytes(forge([canonical(2)] * 3))
+    report = verify(path, deep=True)
+    assert (report.path, report.deep, report.ok, report.problems) == (str(path), True, True, ())
+
+
+def test_a_broken_dictionary_is_reported_once(path: pathlib.Path) -> None:
+    path.write_bytes(forge(late=put("qmoecodec.dictionary.0", b"\2", 2)))
+    assert found(path) == [("checksum", {"tensor": "qmoecodec.dictionary.0"})]
+    path.write_bytes(forge(change=put("qmoecodec.dictionary.0", b"\3\3", 256)))
+    assert found(path) == [("dictionary_symbol", {"tensor": "qmoecodec.dictionary.0", "byte": 256})]
+
+
+@pytest.mark.parametrize(
+    ("stored", "widest", "narrowest"),
+    [("U8", 255, "U8"), ("U16", 255, "U8"), ("U16", 256, "U16"), ("U32", 255, "U8"), ("U32", 256, "U16"), ("U32", 65535, "U16"),
+     ("U32", 65536, "U32")],
+)  # fmt: skip
+@pytest.mark.parametrize("base", [0, 1])
+def test_row_lengths_are_stored_as_narrow_as_can_be(
+    path: pathlib.Path, stored: str, widest: int, narrowest: str, base: int
+) -> None:
+    def change(tensors: Tensors, text: dict[str, Any]) -> None:
+        dtype = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32}[stored]
+        tensors["g_row_lengths"][::2] = [stored, np.array([0, widest], dtype).tobytes()]
+        tensors["g_codes"][1:] = [[base * 2 + widest], bytes([UNUSED]) * (base * 2 + widest)]
+        tensors["g_code_offsets"][2] = struct.pack("<2Q", 0, base * 2 + widest)
+        text["groups"][0]["row_length_base"] = base
+
+    path.write_bytes(forge([[[ZERO], [ZERO]]], cols=1, change=change))
+    messages = [p.message for p in verify(path, deep=True).problems if p.reason == "not_canonical"]
+    expected = [] if stored == narrowest else [f"[not_canonical] the row lengths fit {narrowest} (group g, tensor g_row_lengths)"]
+    assert messages == expected
+
+
+def test_the_base_is_the_least_row_length(path: pathlib.Path) -> None:
+    def lower(tensors: Tensors, text: dict[str, Any]) -> None:
+        text["groups"][0]["row_length_base"] -= 1
+        tensors["g_row_lengths"][2] = bytes(n + 1 for n in tensors["g_row_lengths"][2])
+
+    path.write_bytes(forge([canonical(3)], change=lower))
+    assert found(path) == []
+    problem = verify(path, deep=True).problems[0]
+    assert (problem.reason, problem.where) == ("not_canonical", {"group": "g", "tensor": "g_row_lengths"})
+    assert "row_length_base" in problem.message
+    for rows, base, reasons in (([], 0, []), ([], 1, ["not_canonical"]), ([[], []], 0, [])):
+        path.write_bytes(forge([rows], cols=0, change=set_text("row_length_base", base)))
+        assert [reason for reason, _ in found(path, deep=True)] == reasons
+
