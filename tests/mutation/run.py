@@ -255,12 +255,12 @@ class Worker:
         return not chosen or run_pytest(sorted({name.partition("::")[0] for name in chosen}), say, Plugin(chosen, say))
 
     def choose_tests(self, path: str, function: str) -> list[str]:
-        """Return the tests that run a function, or a file's where no test names the function (a class, a constant)."""
+        """Return the tests that run a function, quickest first; all of them for a class or a constant."""
         wanted = CALLERS.get(path) or (CALLERS[KERNELS] if path.startswith(KERNELS) else {(path, function)})
         quick = {name: (seconds, found) for name, (seconds, found) in self.tests.items() if seconds < SLOW_SECONDS}
         chosen = [name for name, (_, found) in quick.items() if found & wanted]
         if not any(wanted & found for _, found in self.tests.values()):
-            chosen = [name for name, (_, found) in quick.items() if path in {p for p, _ in found}]
+            chosen = list(quick)
         killers = self.killers[path]
         return sorted(chosen, key=lambda name: (killers.index(name) if name in killers else len(killers), quick[name][0]))
 

@@ -1,0 +1,130 @@
+"""Stacks of experts: which expert is meant, how products are shaped, and what is said of damage."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+import qmoecodec as q
+from qmoecodec.dictionary import table_from_phrases
+
+RNG = np.random.default_rng(6)
+DIGITS = RNG.choice(np.int8([-1, 0, 1]), (3, 4, 9))
+LEVELS = np.float32(RNG.integers(1, 9, (3, 4, 2))) * [-1, 1]
+WEIGHTS = np.where(DIGITS < 0, LEVELS[..., :1], np.where(DIGITS > 0, LEVELS[..., 1:], 0))
+X = np.float32(RNG.integers(-9, 9, (3, 9)))
+TABLE = table_from_phrases([b"\0", b"\1", b"\2", *[b""] * 253], code_bits=8)
+STACK = q.encode(DIGITS, dictionary=TABLE)
+
+
+@pytest.mark.parametrize("expert", [-3, -2, -1, 0, 1, 2])
+def test_one_expert_by_number(expert: int) -> None:
+    assert q.decode(STACK, expert=expert).tolist() == DIGITS[expert].tolist()
+    expected = (WEIGHTS[expert] @ X[expert]).tolist()
+    assert q.matvec(STACK, LEVELS, X[expert], expert=expert).tolist() == expected
+    assert q.matvec(STACK, LEVELS[expert], X[expert], expert=expert).tolist() == expected
+
+
+@pytest.mark.parametrize("expert", [-4, 3])
+def test_experts_that_are_not_there(expert: int) -> None:
+    for call in (lambda: q.decode(STACK, expert=expert), lambda: q.matvec(STACK, LEVELS, X[0], expert=expert)):
+        with pytest.raises(IndexError, match=f"expert {expert} of 3"):
+            call()
+
+
+@pytest.mark.parametrize("threads", [None, 1, 2, 5])
+def test_products_of_all_experts(threads: int | None) -> None:
+    each = q.matvec(STACK, LEVELS, X, threads=threads)
+    assert each.dtype == np.float32 and each.tolist() == np.einsum("erc,ec->er", WEIGHTS, X).tolist()
+    assert q.matvec(STACK, LEVELS, X[0], threads=threads).tolist() == (WEIGHTS @ X[0]).tolist()
+    assert q.decode(STACK, threads=threads).tolist() == DIGITS.tolist()
+    assert q.decode(STACK, threads=threads, backend="reference").tolist() == DIGITS.tolist()
+
+
+def test_a_matrix_is_one_expert() -> None:
+    matrix = q.encode(DIGITS[0], dictionary=TABLE)
+    assert q.decode(matrix).tolist() == q.decode(matrix, expert=0).tolist() == DIGITS[0].tolist()
+    for levels in (LEVELS[0], LEVELS[:1]):
+        assert q.matvec(matrix, levels, X[0]).tolist() == (WEIGHTS[0] @ X[0]).tolist()
+    empty = q.encode(DIGITS[:0], dictionary=TABLE)
+    assert q.matvec(empty, LEVELS[:0], X[0]).shape == (0, 4)
+    assert q.decode(empty).shape == (0, 4, 9)
+
+
+@pytest.mark.parametrize(
+    ("levels", "x", "expert", "match"),
+    [
+        ((4, 2), (9,), None, "levels have the shape"), ((3, 4, 3), (9,), None, "levels have the shape"),
+        ((2, 4, 2), (9,), None, "levels have the shape"), ((2, 4), (9,), 0, "levels have the shape"),
+        ((3, 4, 2), (8,), None, "x has the shape"), ((3, 4, 2), (2, 9), None, "x has the shape"),
+        ((3, 4, 2), (3, 9), 0, "x has the shape"), ((3, 4, 2), (9, 3), None, "x has the shape"),
+    ],
+)  # fmt: skip
+def test_shapes_that_do_not_fit(levels: tuple[int, ...], x: tuple[int, ...], expert: int | None, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        q.matvec(STACK, np.ones(levels, np.float32), np.ones(x, np.float32), expert=expert)
+
+
+def changed(**changes: Any) -> q.Encoded:
+    return dataclasses.replace(STACK, **changes)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "expert"),
+    [((0, 37, 36, 108), 1), ((0, 36, 72, 109), 2), ((37, 36, 72, 108), 0), ((109, 109, 109, 109), 0)],
+)
+def test_offsets_outside_the_codes(offsets: tuple[int, ...], expert: int) -> None:
+    broken = changed(code_offsets=np.uint64(offsets))
+    for call in (lambda: q.decode(broken), lambda: q.decode(broken, expert=expert),
+                 lambda: q.matvec(broken, LEVELS, X[0], expert=expert)):  # fmt: skip
+        with pytest.raises(q.FormatError) as caught:
+            call()
+        assert (caught.value.reason, caught.value.where) == ("code_offsets", {"expert": expert})
+
+
+def test_dictionaries_that_are_not_there() -> None:
+    broken = changed(dictionary_index=np.uint8([0, 1, 0]))
+    with pytest.raises(q.FormatError) as caught:
+        q.decode(broken)
+    assert (caught.value.reason, caught.value.where) == ("dictionary_index", {"expert": 1})
+
+
+def test_damage_names_expert_and_row() -> None:
+    codes = STACK.codes.copy()
+    codes[2 * 36 + 9 + 3] = 200
+    broken = changed(codes=codes)
+    where = {"expert": 2, "row": 1, "codeword": 3}
+    for call in (lambda: q.decode(broken), lambda: q.decode(broken, expert=-1), lambda: q.matvec(broken, LEVELS, X),
+                 lambda: q.matvec(broken, LEVELS, X[0], expert=2)):  # fmt: skip
+        with pytest.raises(q.FormatError) as caught:
+            call()
+        assert (caught.value.reason, caught.value.where) == ("unused_codeword", where)
+    assert q.decode(broken, expert=1).tolist() == DIGITS[1].tolist()
+
+
+def test_the_bound_on_what_codewords_can_give() -> None:
+    """Nine codewords of one digit: nine columns and no more."""
+    lengths = STACK.row_lengths.copy()
+    lengths[1] = [9, 9, 9, 8]
+    with pytest.raises(q.FormatError) as caught:
+        q.decode(changed(row_lengths=lengths))
+    assert (caught.value.reason, caught.value.where) == ("row_underrun", {"expert": 1})
+    lengths[1] = [9, 9, 9, 10]
+    with pytest.raises(q.FormatError) as caught:
+        q.decode(changed(row_lengths=lengths))
+    assert (caught.value.reason, caught.value.where) == ("row_lengths", {"expert": 1})
+    assert caught.value.message == "rows take 37 bytes, not 36"
+    with pytest.raises(q.FormatError) as caught:
+        q.decode_rows(STACK.codes[:36], STACK.row_lengths[0], cols=10, dictionary=TABLE)
+    assert (caught.value.reason, caught.value.where) == ("row_underrun", {})
+    assert caught.value.message == "36 codewords cannot give 4 x 10 digits"
+
+
+def test_the_caller_may_give_the_memory() -> None:
+    for backend in ("numba", "reference"):
+        out = np.full((4, 9), 7, np.int8)
+        result = q.decode_rows(STACK.codes[:36], STACK.row_lengths[0], cols=9, dictionary=TABLE, out=out, backend=backend)  # type: ignore[arg-type]
+        assert result is out and out.tolist() == DIGITS[0].tolist()
