@@ -104,10 +104,10 @@ def unpack_row(data: bytes, *, n_codewords: int, code_bits: int) -> list[int]:
 
 
 def _codewords(data: bytes, n_codewords: int, code_bits: int) -> list[int]:
-    # Three bytes hold any codeword. The row as one large number would take time that grows with the square of its length.
+    # Two bytes hold any codeword. The row as one large number would take time that grows with the square of its length.
     mask = (1 << code_bits) - 1
     places = (divmod(code_bits * k, 8) for k in range(n_codewords))
-    return [int.from_bytes(data[byte : byte + 3], "little") >> bit & mask for byte, bit in places]
+    return [int.from_bytes(data[byte : byte + 2], "little") >> bit & mask for byte, bit in places]
 
 
 def check_padding(data: bytes, *, n_codewords: int, code_bits: int) -> None:

@@ -241,6 +241,25 @@ def test_checksums_are_named(path: pathlib.Path) -> None:
     assert found(path) == [("dictionary_symbol", {"tensor": "qmoecodec.dictionary.0", "byte": 256})]
 
 
+@pytest.mark.parametrize("layout", ["stacked", "fused", "matrix"])
+def test_layouts(path: pathlib.Path, layout: str) -> None:
+    def change(tensors: Tensors, text: dict[str, Any]) -> None:
+        group = text["groups"][0]
+        group["layout"] = layout
+        if layout != "stacked":
+            group["source"] = "w"
+            del group["expert_ranges"]
+
+    path.write_bytes(forge(GOOD[:1], change=change))
+    with qmoecodec.open(path) as f:
+        group = f["g"]
+        shape = (3, 4) if layout == "matrix" else (1, 3, 4)
+        encoded = group.encoded()
+        assert encoded.is_matrix == (layout == "matrix") and qmoecodec.decode(encoded).shape == shape
+        assert group.decode().shape == group.dense().shape == group.dense(np.float64).shape == shape
+        assert (group.shape, group.levels.shape, len(group)) == ((1, 3, 4), (1, 3, 2), 1)
+
+
 def test_a_file_without_experts_or_rows_or_columns(path: pathlib.Path) -> None:
     path.write_bytes(forge([[], []], cols=4))
     assert found(path) == []
@@ -390,6 +409,12 @@ def test_what_is_not_canonical_comes_after_all_else(path: pathlib.Path) -> None:
     path.write_bytes(forge([canonical(2)] * 3))
     report = verify(path, deep=True)
     assert (report.path, report.deep, report.ok, report.problems) == (str(path), True, True, ())
+
+
+def test_nothing_is_counted_in_a_file_that_cannot_be_opened(path: pathlib.Path) -> None:
+    path.write_bytes(forge()[:-1])
+    report = verify(path, deep=True)
+    assert (report.n_groups, report.n_experts, report.n_tensors, report.ok, report.deep) == (0, 0, 0, False, True)
 
 
 def test_a_broken_dictionary_is_reported_once(path: pathlib.Path) -> None:
