@@ -334,7 +334,7 @@ class Worker:
                 if cached.name.startswith(("decode.", Path(path).stem + ".")):
                     cached.unlink()
 
-    def test(self, mutant: Mutant, *, full: bool) -> dict[str, Any]:
+    def test(self, mutant: Mutant, *, full: bool, again: bool) -> dict[str, Any]:
         """Run the steps on one mutant."""
         begin = time.monotonic()
         kernels = mutant.path.startswith(KERNELS)
@@ -344,7 +344,7 @@ class Worker:
             lambda say: self.vectors(mutant.path, say),
             lambda say: self.pytest(mutant.path, function, say),
         ]
-        if function in NOT_IN_VECTORS or (mutant.path, function) in self.by_pytest:
+        if again or function in NOT_IN_VECTORS or (mutant.path, function) in self.by_pytest:
             steps.reverse()
         if full:
             steps += [self.heavy_vectors, self.all_tests]
@@ -367,13 +367,13 @@ class Worker:
                 "seconds": round(time.monotonic() - begin, 2)}  # fmt: skip
 
 
-def work(tasks: Any, results: Any, full: bool) -> None:
-    """Be one worker: take mutants from a queue until there is none."""
+def work(tasks: Any, results: Any, full: bool, again: bool) -> None:
+    """Be one worker: take mutants from a queue until there is none; again: they survived, so a new test may kill them."""
     os.nice(5)
     with tempfile.TemporaryDirectory(prefix="mutation-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         worker = Worker(Path(folder))
         while (mutant := tasks.get()) is not None:
-            results.put(worker.test(mutant, full=full))
+            results.put(worker.test(mutant, full=full, again=again))
         os.chdir("/")
     results.put(None)
 
@@ -463,21 +463,21 @@ def main() -> int:
     done = {"nothing": ("killed", "timeout", "survived"), "survivors": ("killed", "timeout"), "all": ()}[options.again]
     wanted = [m for key, m in mutants.items() if key not in before or before[key]["outcome"] not in done]
     if not options.report:
-        for result in run(wanted, options.jobs, options.full):
+        for result in run(wanted, options.jobs, options.full, options.again == "survivors"):
             before[result["key"]] = result
             with kept.open("a") as lines:
                 lines.write(json.dumps(result) + "\n")
     return 0 if report(mutants, before) else 1
 
 
-def run(wanted: list[Mutant], jobs: int, full: bool) -> Iterator[dict[str, Any]]:
+def run(wanted: list[Mutant], jobs: int, full: bool, again: bool) -> Iterator[dict[str, Any]]:
     """Yield the result of each mutant."""
     context = multiprocessing.get_context("spawn")
     tasks, results = context.Queue(), context.Queue()
     # In an order that has nothing to do with the code: what ran of a run that is ended early is a fair sample.
     for mutant in [*sorted(wanted, key=lambda m: hashlib.sha256(m.key.encode()).digest()), *[None] * jobs]:
         tasks.put(mutant)
-    processes = [context.Process(target=work, args=(tasks, results, full)) for _ in range(jobs)]
+    processes = [context.Process(target=work, args=(tasks, results, full, again)) for _ in range(jobs)]
     for process in processes:
         process.start()
     running = jobs
