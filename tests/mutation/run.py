@@ -262,7 +262,12 @@ class Worker:
         if not any(wanted & found for _, found in self.tests.values()):
             chosen = list(quick)
         killers = self.killers[path]
-        return sorted(chosen, key=lambda name: (killers.index(name) if name in killers else len(killers), quick[name][0]))
+
+        def order(name: str) -> tuple[int, bool, float]:
+            known = killers.index(name) if name in killers else len(killers)
+            return known, not (path.startswith(KERNELS) and "test_kernels.py" in name), quick[name][0]
+
+        return sorted(chosen, key=order)
 
     def all_tests(self, say: Callable[[str], None]) -> bool:
         return run_pytest(ALL_TESTS, say, Plugin(None, say))

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import qmoecodec
-from qmoecodec.container import verify
+from qmoecodec.container import unpack, verify
 from qmoecodec.container.reader import File
+from qmoecodec.container.verify import find_errors
 from qmoecodec.dictionary import parse
 from qmoecodec.dictionary.serial import pack_two_bits
 from qmoecodec.errors import FormatError
@@ -59,7 +60,7 @@ def forge(
         change(tensors, text)
     offsets = np.frombuffer(tensors[f"{name}_code_offsets"][2], np.uint64)
     sums = b""
-    for e in range(n):
+    for e in range(text["groups"][0]["shape"][0]):
         parts = [tensors[f"{name}_codes"][2][int(offsets[e]) : int(offsets[e + 1])]]
         for role in ("row_lengths", "levels", "dictionary_index"):
             data = tensors[f"{name}_{role}"][2]
@@ -72,7 +73,8 @@ def forge(
         text["passthrough"][key] = f"{zlib.crc32(tensors[key][2]):08x}"
     if late is not None:
         late(tensors, text)
-    metadata = {"qmoecodec": json.dumps(text, sort_keys=True, separators=(",", ":"))}
+    (own,) = tensors.pop("__metadata__", [{}])
+    metadata = own | {"qmoecodec": json.dumps(text, sort_keys=True, separators=(",", ":"))}
     header: dict[str, Any] = {"__metadata__": metadata}
     body = b""
     order = sorted(tensors, key=lambda key: -{"U64": 8, "F32": 4, "U32": 4, "U16": 2}.get(tensors[key][0], 1))
@@ -356,6 +358,19 @@ def test_files_are_closed_where_opening_fails(tmp_path: pathlib.Path) -> None:
 GOOD_ROW, BAD_ROW, OTHER_ROW = [PLUS, ZEROS, ZERO], [ZERO, UNUSED, ZERO], [PLUS, ZERO, ZERO, ZERO]
 
 
+def empty(offset: int) -> bytes:
+    """A stacked group without experts, whose one offset is given."""
+
+    def change(tensors: Tensors, text: dict[str, Any]) -> None:
+        text["groups"][0].update(shape=[0, 3, 4], expert_ranges=[], row_length_base=0)
+        shapes = {"levels": [0, 3, 2], "checksums": [0], "codes": [0], "dictionary_index": [0], "row_lengths": [0, 3]}
+        for role, shape in shapes.items():
+            tensors[f"g_{role}"][1:] = [shape, b""]
+        tensors["g_code_offsets"][1:] = [[1], struct.pack("<Q", offset)]
+
+    return forge([[[ZERO]]], change=change)
+
+
 def canonical(rows: int) -> list[list[int]]:
     """Rows + 0 0 0 as `deep` wants them."""
     digits = np.int8([[1, 0, 0, 0]])
@@ -415,6 +430,77 @@ def test_nothing_is_counted_in_a_file_that_cannot_be_opened(path: pathlib.Path) 
     path.write_bytes(forge()[:-1])
     report = verify(path, deep=True)
     assert (report.n_groups, report.n_experts, report.n_tensors, report.ok, report.deep) == (0, 0, 0, False, True)
+
+
+def test_a_table_that_cannot_encode_what_it_decodes(path: pathlib.Path) -> None:
+    """+ and "0 -" give + 0 -, but an encoder takes "+ 0" first and has nothing for the - (spec §5.1)."""
+
+    def change(tensors: Tensors, text: dict[str, Any]) -> None:
+        data = bytes([1, 2, 2] + [0] * 253) + pack_two_bits(np.uint8([2, 2, 0, 0, 1]))
+        tensors["qmoecodec.dictionary.0"][1:] = [[len(data)], data]
+
+    path.write_bytes(forge([[[0, 2]], [[0, 2]]], cols=3, change=change))
+    with qmoecodec.open(path) as f:
+        assert f["g"].decode().tolist() == [[[1, 0, -1]]] * 2
+        assert list(find_errors(f)) == []
+    assert found(path) == []
+    problems = verify(path, deep=True).problems
+    assert [(p.reason, p.where) for p in problems] == [("not_canonical", {"group": "g", "expert": e}) for e in (0, 1)]
+    assert "the dictionary has no encoding" in problems[0].message
+
+
+def test_what_no_expert_needs_is_checked_too(path: pathlib.Path) -> None:
+    """A group without experts: only its offsets can be wrong."""
+    path.write_bytes(empty(0))
+    assert found(path) == []
+    unpack(path, path.with_name("u.safetensors"))
+    path.write_bytes(empty(1))
+    assert found(path) == [("code_offsets", {"group": "g", "tensor": "g_code_offsets"})]
+    assert error_of(lambda: unpack(path, path.with_name("v.safetensors"))).reason == "code_offsets"
+
+
+def test_codes_have_one_dimension(path: pathlib.Path) -> None:
+    for shape in ([], [1, 1]):
+
+        def change(tensors: Tensors, text: dict[str, Any], shape: list[int] = shape) -> None:
+            tensors["g_codes"][1] = shape
+
+        path.write_bytes(forge([[[ZERO]]], cols=1, change=change))
+        assert found(path) == [("role_shape", {"group": "g", "tensor": "g_codes"})]
+
+
+def test_the_first_of_several_bad_levels_is_named(path: pathlib.Path) -> None:
+    levels = np.float32([[[-1, 1]] * 4])
+    levels[0, 1:3] = [np.inf, 1]
+    path.write_bytes(forge([[GOOD_ROW] * 4], levels=levels))
+    assert found(path) == [("level_value", {"group": "g", "expert": 0, "row": 1})]
+    levels[0, 1:3] = [-1, 0]
+    path.write_bytes(forge([[GOOD_ROW] * 4], levels=levels))
+    with qmoecodec.open(path) as f:
+        assert error_of(f["g"].decode).where == {"group": "g", "expert": 0, "row": 1}
+
+
+def test_a_file_may_become_longer_while_it_is_open(path: pathlib.Path) -> None:
+    path.write_bytes(forge())
+    with qmoecodec.open(path) as f:
+        with path.open("ab") as more:
+            more.write(b"more")
+        assert f["g"].decode().shape == (2, 3, 4)
+
+
+def test_metadata_of_shards_that_differs_is_noted_in_either_order(tmp_path: pathlib.Path) -> None:
+    def noted(value: str) -> Change:
+        def change(tensors: Tensors, text: dict[str, Any]) -> None:
+            tensors["__metadata__"] = [{"k": value}]
+
+        return change
+
+    for n, (first, second) in enumerate((("5", "4"), ("4", "5"), ("4", "4"))):
+        one, two = forge(late=noted(first)), forge(name="h", passthrough="u", late=noted(second))
+        with qmoecodec.open(directory(tmp_path / str(n), one=one, two=two)) as f:
+            merged, notes = f.merged_metadata()
+        assert merged == {"k": first}
+        assert len(notes) == (first != second) and all("'k'" in note for note in notes)
 
 
 def test_a_broken_dictionary_is_reported_once(path: pathlib.Path) -> None:
