@@ -4,7 +4,7 @@
 Each mutant is put into a copy of the repository, and a forked process imports that copy and runs, until something fails:
   1. the conformance vectors, judged as `conformance/run.py` does, in this process instead of one of their own;
   2. pytest, on the tests that run the changed function and do not take long;
-  3. with --full the vectors that take long, and the whole test suite.
+  3. for the files that count what a header holds, the vectors that take long; with --full also the whole test suite.
 Kernels are compiled anew for each mutant of a kernel. A mutant is killed by a test that fails, by a crash, or by taking
 too much time or memory. What survives must be in survivors.toml, with the reason.
 """
@@ -44,9 +44,10 @@ LEAST = 0.95
 
 COPIED = ("qmoecodec", "tests", "tools", "gpu", "spec", "conformance", "examples", "docs", "pyproject.toml", "README.md")
 KERNELS = "qmoecodec/_kernels/"
-#: Vectors that take more than half a second (in step 3), and seconds of processor time for one of the others.
+#: Vectors that take more than half a second (in step 3), where they are needed, and seconds for one of the others.
 HEAVY = ("valid/tensors-65536", "invalid/json-size", "invalid/text-json-size", "limit/values", "limit/empty-tensors",
          "invalid/tensors-70000", "invalid/tensors-65537")  # fmt: skip
+COUNTING = ("qmoecodec/container/json_text.py", "qmoecodec/container/header.py")
 VECTOR_SECONDS = 3.0
 HEAVY_SECONDS = 40.0
 PYTEST_SECONDS = 60
@@ -230,6 +231,7 @@ class Worker:
             name: (seconds, {(path, function) for path, function in found})
             for name, (seconds, found) in json.loads(kept.read_bytes()).items()
         }
+        self.changed = {name: os.stat(name).st_mtime for name in {test.partition("::")[0] for test in self.tests}}
         sys.dont_write_bytecode = True
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
         run_vectors(list(self.light.values())[:60], 600, lambda text: None)  # loads the kernels into this process
@@ -250,12 +252,15 @@ class Worker:
     def heavy_vectors(self, say: Callable[[str], None]) -> bool:
         return run_vectors(self.heavy, HEAVY_SECONDS, say)
 
-    def pytest(self, path: str, function: str, say: Callable[[str], None]) -> bool:
-        chosen = self.choose_tests(path, function)
+    def pytest(self, path: str, function: str, say: Callable[[str], None], *, newest: bool) -> bool:
+        chosen = self.choose_tests(path, function, newest=newest)
         return not chosen or run_pytest(sorted({name.partition("::")[0] for name in chosen}), say, Plugin(chosen, say))
 
-    def choose_tests(self, path: str, function: str) -> list[str]:
-        """Return the tests that run a function, quickest first; all of them for a class or a constant."""
+    def choose_tests(self, path: str, function: str, *, newest: bool) -> list[str]:
+        """Return the tests that run a function, quickest first; all of them for a class or a constant.
+
+        newest : those in the files that changed last come first
+        """
         wanted = CALLERS.get(path) or (CALLERS[KERNELS] if path.startswith(KERNELS) else {(path, function)})
         quick = {name: (seconds, found) for name, (seconds, found) in self.tests.items() if seconds < SLOW_SECONDS}
         chosen = [name for name, (_, found) in quick.items() if found & wanted]
@@ -263,9 +268,9 @@ class Worker:
             chosen = list(quick)
         killers = self.killers[path]
 
-        def order(name: str) -> tuple[int, bool, float]:
+        def order(name: str) -> tuple[int, float, float]:
             known = killers.index(name) if name in killers else len(killers)
-            return known, not (path.startswith(KERNELS) and "test_kernels.py" in name), quick[name][0]
+            return known, -self.changed[name.partition("::")[0]] if newest else 0.0, quick[name][0]
 
         return sorted(chosen, key=order)
 
@@ -347,12 +352,14 @@ class Worker:
         function = mutant.name.partition(":")[0]
         steps: list[Callable[[Callable[[str], None]], bool]] = [
             lambda say: self.vectors(mutant.path, say),
-            lambda say: self.pytest(mutant.path, function, say),
+            lambda say: self.pytest(mutant.path, function, say, newest=again or mutant.path.startswith(KERNELS)),
         ]
         if again or function in NOT_IN_VECTORS or (mutant.path, function) in self.by_pytest:
             steps.reverse()
+        if full or mutant.path in COUNTING:
+            steps.append(self.heavy_vectors)
         if full:
-            steps += [self.heavy_vectors, self.all_tests]
+            steps.append(self.all_tests)
         try:
             for step in steps:
                 seconds = PYTEST_SECONDS * (10 if step == self.all_tests else 1)
@@ -453,6 +460,7 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="REGEX", help="only mutants whose key matches this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--again", choices=["nothing", "survivors", "all"], default="all", help="of what ran before")
+    parser.add_argument("--known", action="store_true", help="nothing that never ran")
     parser.add_argument("--full", action="store_true", help="run the whole test suite on what survives")
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args()
@@ -467,6 +475,7 @@ def main() -> int:
     mutants = {key: mutant for key, mutant in mutants.items() if re.search(options.only, key)}
     done = {"nothing": ("killed", "timeout", "survived"), "survivors": ("killed", "timeout"), "all": ()}[options.again]
     wanted = [m for key, m in mutants.items() if key not in before or before[key]["outcome"] not in done]
+    wanted = [mutant for mutant in wanted if mutant.key in before or not options.known]
     if not options.report:
         for result in run(wanted, options.jobs, options.full, options.again == "survivors"):
             before[result["key"]] = result

@@ -68,6 +68,13 @@ def test_shapes_that_do_not_fit(levels: tuple[int, ...], x: tuple[int, ...], exp
         q.matvec(STACK, np.ones(levels, np.float32), np.ones(x, np.float32), expert=expert)
 
 
+def test_the_shape_that_levels_should_have_is_said() -> None:
+    with pytest.raises(ValueError, match=r"^levels have the shape \(1, 2\), not \(3, 4, 2\)$"):
+        q.matvec(STACK, np.ones((1, 2), np.float32), X)
+    with pytest.raises(ValueError, match=r"^x has the shape \(5,\), not \(9,\)$"):
+        q.matvec(STACK, LEVELS, np.ones(5, np.float32))
+
+
 def changed(**changes: Any) -> q.Encoded:
     return dataclasses.replace(STACK, **changes)
 

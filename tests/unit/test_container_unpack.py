@@ -84,6 +84,8 @@ def test_what_the_report_says(packed: pathlib.Path, tmp_path: pathlib.Path) -> N
     single = unpack(packed, tmp_path / "u.safetensors")
     assert (single.files, single.n_tensors) == (("u.safetensors",), len(MODEL))
     assert single.n_dense_bytes == (tmp_path / "u.safetensors").stat().st_size
+    for name in ("a.safetensorr", "a.txt", "a"):
+        assert "config.json" in unpack(packed, tmp_path / name).files
     again = unpack(packed / "model.safetensors", tmp_path / "v")
     assert (tmp_path / "v").is_file() and again.files == ("v",)
 

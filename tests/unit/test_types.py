@@ -51,3 +51,10 @@ def test_what_a_stack_says_of_itself() -> None:
     assert q.encode(digits[:0], dictionary=wide).code_bits == 8
     assert q.encode(digits[:0], dictionary=wide).n_weights == 0
     assert not encoded.is_matrix and q.encode(digits[0], dictionary=wide).is_matrix
+
+
+def test_stacks_are_compared_by_identity() -> None:
+    one, two = (q.encode(np.zeros((1, 1, 1), np.int8)) for _ in range(2))
+    assert one.__eq__(one) is True and one != two and len({one, two}) == 2
+    again = q.Encoded(one.shape, one.codes, one.code_offsets, one.row_lengths, one.dictionary_index, one.dictionaries)
+    assert again.is_matrix is False
