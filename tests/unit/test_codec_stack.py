@@ -123,7 +123,7 @@ def test_the_bound_on_what_codewords_can_give() -> None:
     with pytest.raises(q.FormatError) as caught:
         q.decode(changed(row_lengths=lengths))
     assert (caught.value.reason, caught.value.where) == ("row_lengths", {"expert": 1})
-    assert caught.value.message == "rows take 37 bytes, not 36"
+    assert caught.value.message == "the rows take 37 bytes, the expert has 36"
     with pytest.raises(q.FormatError) as caught:
         q.decode_rows(STACK.codes[:36], STACK.row_lengths[0], cols=10, dictionary=TABLE)
     assert (caught.value.reason, caught.value.where) == ("row_underrun", {})

@@ -344,12 +344,18 @@ def test_files_are_closed_where_opening_fails(tmp_path: pathlib.Path) -> None:
     folder = directory(tmp_path / "a", one=forge(), two=forge(name="h", passthrough="u")[:-1])
     path = tmp_path / "f.safetensors"
     path.write_bytes(forge(late=set_text("dtype", "F8")))
-    before = len(os.listdir("/proc/self/fd"))
+
+    def still_open() -> list[str]:
+        places = [pathlib.Path("/proc/self/fd", number) for number in os.listdir("/proc/self/fd")]
+        return [str(p.readlink()) for p in places if p.is_symlink() and str(p.readlink()).startswith(str(tmp_path))]
+
+    with path.open("rb"):
+        assert still_open() == [str(path)]
     for broken in (folder, path):
         for mapped in (True, False):
             with pytest.raises(FormatError):
                 File(broken, mapped=mapped)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert still_open() == []
 
 
 # --- verify
