@@ -1,5 +1,5 @@
-// Fused decode and matrix product for 8-bit dictionaries and items of up to 128 tokens, layout "words" (common.cuh), on
-// Hopper (sm_90a).  tile.cu does the same for other architectures.
+// Fused decode and matrix product for 8-bit dictionaries and items of up to 64 tokens, layout "words" (common.cuh), on
+// Hopper (sm_90a).  tile.cu does the same for other architectures, and where there are few tiles.
 //
 // Naively, for each item (expert, tokens) and each tile of TILE rows:
 //   digits[row][column] = 0; for each codeword of each row: for each (offset, sign) of its phrase: digits[row][..] = sign
@@ -7,7 +7,7 @@
 //
 // Optimisations:
 //  1. A tile of rows is decoded once, whole, into shared memory with two bits per digit, so x is read once per TILE rows.
-//  2. Decoding is that of gather.cu (items 1, 2 and 4 there), with 16 copies of the table.  Columns are counted in bits of the
+//  2. Decoding is that of gather.cu (items 1, 2 and 4 there), with 4 copies of the table.  Columns are counted in bits of the
 //     tile, two per digit: the position of a nonzero, made by one dp4a, is at once its address and, shifted into 1, its value.
 //     An entry with fewer nonzeros than places repeats its last one, which an or forgives.
 //  3. wgmma multiplies: weights from registers, x from shared memory.  The order of columns within a sum is free, so a lane's
@@ -59,7 +59,8 @@
 constexpr int WARPS = THREADS / 32, TILE = 64 * HALVES, PARTS = WARPS / 4 / HALVES;  // of the columns
 constexpr int ROWS_PER_WARP = 32 / LANES, CODES = 4 * WORDS, BLOCK = LANES * WORDS;
 constexpr u32 SLOT_BYTES = 8 * THREADS, RING_BYTES = PARTS * SLOTS * SLOT_BYTES;
-constexpr u32 BARRIERS = SHARED_BASE + RING_BYTES, DIGITS = BARRIERS + (16 * PARTS * SLOTS + 127) / 128 * 128;  // a full and an empty barrier for each slot
+constexpr u32 BARRIERS = SHARED_BASE + RING_BYTES;  // a full and an empty one for each slot
+constexpr u32 DIGITS = BARRIERS + (16 * PARTS * SLOTS + 127) / 128 * 128;
 constexpr u32 PARTIAL_PITCH = TILE + 4;  // floats; rows of a fragment lie in different banks
 
 extern __shared__ __align__(128) u8 shared[];  // ring or table, barriers, digits
