@@ -64,10 +64,15 @@ def test_the_first_error_is_the_one_that_is_seen(tmp_path: pathlib.Path, monkeyp
         temporary.rmdir()
         raise KeyError("own")
 
-    def fail(*_: object) -> None:
-        raise OSError(errno.EIO, "broken")
+    rename, calls = os.rename, []
 
-    monkeypatch.setattr(os, "rename", fail)
+    def fail_once(*names: str) -> None:
+        calls.append(names)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "broken")
+        rename(*names)
+
+    monkeypatch.setattr(os, "rename", fail_once)
     with pytest.raises(OSError, match="broken"), atomic_directory(target, overwrite=False):
         pass
     assert os.listdir(tmp_path) == []

@@ -162,13 +162,13 @@ def test_a_row_that_a_kernel_refuses_and_the_reference_accepts_is_a_bug() -> Non
 
 
 @pytest.mark.parametrize("nonzeros", [1, 3, 4])
-@pytest.mark.parametrize("cols", [17, 255, 256, 4000, 5000])
+@pytest.mark.parametrize("cols", [17, 256, 5000])
 def test_a_row_that_goes_on_for_megabytes_is_refused_at_its_end(nonzeros: int, cols: int) -> None:
     """Nothing is written where the digits beyond the end of the row would be: that is far outside of all memory taken."""
     long = b"\0" * (255 - nonzeros) + b"\2" * nonzeros
     d = table_from_phrases([long, b"\0", *[b""] * 254], code_bits=8)
-    for first in (0, 1, 16, 17):
-        row = np.zeros(400_000, np.uint8)
+    for first in (0, 17):
+        row = np.zeros(200_000, np.uint8)
         row[:first] = 1
         lengths = np.array([len(row)], np.uint32)
         expected = ["row_overrun", {"row": 0, "codeword": min(cols, first) + -(-max(cols - first, 0) // 255)}]
