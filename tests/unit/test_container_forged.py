@@ -167,6 +167,21 @@ def test_a_broken_row_is_named_however_it_is_read(
         assert group.expert(0).decode().tolist() == [[0, -1, 1, 0]] * 5
 
 
+@pytest.mark.parametrize("row", [[ZERO], [ZERO, ZERO, ZERO], []])
+def test_the_first_of_two_short_rows_is_named(path: pathlib.Path, row: list[int]) -> None:
+    """The expert as a whole has enough codewords; a range of rows may not."""
+    good = [ZERO, MINUS, PLUS, ZERO]
+    path.write_bytes(forge([[good] * 6, [good, good, good, row, row, good]]))
+    with qmoecodec.open(path) as f:
+        expert = f["g"].expert(1)
+        for begin, end in ((3, 5), (3, 6), (2, 5), (0, 6), (3, 4)):
+            error = error_of(lambda b=begin, e=end: expert.rows(b, e))
+            assert (error.reason, error.where) == ("row_underrun", {"group": "g", "expert": 1, "row": 3})
+        error = error_of(lambda: expert.rows(4, 6))
+        assert (error.reason, error.where) == ("row_underrun", {"group": "g", "expert": 1, "row": 4})
+        assert expert.rows(5, 6).tolist() == [[0, -1, 1, 0]]
+
+
 def test_numbers_of_experts_and_rows_that_are_not_there(path: pathlib.Path) -> None:
     path.write_bytes(forge())
     with qmoecodec.open(path) as f:
