@@ -28,6 +28,12 @@ def test_one_expert_by_number(expert: int) -> None:
     assert q.matvec(STACK, LEVELS[expert], X[expert], expert=expert).tolist() == expected
 
 
+def test_fewer_rows_than_experts() -> None:
+    stack = q.encode(DIGITS[:, :2], dictionary=TABLE)
+    for levels in (LEVELS[:, :2], LEVELS[1, :2]):
+        assert q.matvec(stack, levels, X[1], expert=1).tolist() == (WEIGHTS[1, :2] @ X[1]).tolist()
+
+
 @pytest.mark.parametrize("expert", [-4, 3])
 def test_experts_that_are_not_there(expert: int) -> None:
     for call in (lambda: q.decode(STACK, expert=expert), lambda: q.matvec(STACK, LEVELS, X[0], expert=expert)):
@@ -93,10 +99,10 @@ def test_offsets_outside_the_codes(offsets: tuple[int, ...], expert: int) -> Non
 
 
 def test_dictionaries_that_are_not_there() -> None:
-    broken = changed(dictionary_index=np.uint8([0, 1, 0]))
-    with pytest.raises(q.FormatError) as caught:
-        q.decode(broken)
-    assert (caught.value.reason, caught.value.where) == ("dictionary_index", {"expert": 1})
+    for index in (1, 7):
+        with pytest.raises(q.FormatError) as caught:
+            q.decode(changed(dictionary_index=np.uint8([0, index, 0])))
+        assert (caught.value.reason, caught.value.where) == ("dictionary_index", {"expert": 1})
 
 
 def test_damage_names_expert_and_row() -> None:

@@ -185,10 +185,10 @@ def test_the_first_of_two_short_rows_is_named(path: pathlib.Path, row: list[int]
 def test_numbers_of_experts_and_rows_that_are_not_there(path: pathlib.Path) -> None:
     path.write_bytes(forge())
     with qmoecodec.open(path) as f:
-        for expert in (-1, 2):
+        for expert in (-1, 2, 5):
             with pytest.raises(IndexError, match=f"expert {expert} of 2"):
                 f["g"].expert(expert)
-        for begin, end in ((-1, 2), (2, 1), (0, 4)):
+        for begin, end in ((-1, 2), (2, 1), (0, 4), (4, 5)):
             with pytest.raises(IndexError, match=rf"rows {begin}\.\.{end} of 3"):
                 f["g"].expert(0).rows(begin, end)
         assert f["g"].expert(1).rows(1, 1).shape == (0, 4)
@@ -221,6 +221,11 @@ def test_row_lengths_are_checked_before_anything_is_decoded(path: pathlib.Path) 
         with qmoecodec.open(path) as f:
             error = error_of(lambda: f["g"].expert(0))
         assert (error.reason, error.where, error.message) == ("row_lengths", where, message)
+    path.write_bytes(forge(change=put("g_row_lengths", b"\x0a", 4)))
+    with qmoecodec.open(path) as f:
+        error = error_of(lambda: f["g"].expert(1))
+    assert error.where == {"group": "g", "expert": 1, "row": 1}
+    assert error.message == "a row has more codewords than its expert bytes"
     path.write_bytes(forge([[[ZERO] * 9], [[ZERO] * 9]], cols=18))
     assert found(path) == [("row_underrun", {**place, "row": 0}), ("row_underrun", {**place, "expert": 1, "row": 0})]
     path.write_bytes(forge([[[ZERO] * 9], [[ZERO] * 9]], cols=19))

@@ -76,6 +76,21 @@ def test_an_entry_may_be_as_deep_as_any_value() -> None:
     assert header_error(b'{"a":' + b"[" * 16 + b"]" * 16 + b"}").reason == "json_depth"
 
 
+def test_values_of_the_header_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an entry that has the usual form as in one that has another: 6 values and the dimensions."""
+    usual = '"t":{"dtype":"U8","shape":[2,1,4],"data_offsets":[0,8]}'
+    other = usual.replace(":", ": ")
+    for text, n in ((f"{{{usual}}}", 10), (f"{{{other}}}", 10), (f'{{"__metadata__":{{"a":"b"}},{usual}}}', 12)):
+        data = text.encode() + b" " * (-len(text) % 8)
+        data = struct.pack("<Q", len(data)) + data
+        monkeypatch.setattr(header, "MAX_VALUES", n)
+        assert parse_header(data, len(data) + 8).tensors.keys() == {"t"}
+        monkeypatch.setattr(header, "MAX_VALUES", n - 1)
+        with pytest.raises(FormatError, match="json_size"):
+            parse_header(data, len(data) + 8)
+        assert parse_header(data, len(data) + 8, strict=False).tensors.keys() == {"t"}
+
+
 def test_the_largest_product_of_dimensions() -> None:
     for n, reason in ((2**63 - 1, "tensor_size"), (2**62, "tensor_size")):
         entry = json.dumps({"t": {"dtype": "U8", "shape": [n], "data_offsets": [0, 8]}}).encode()

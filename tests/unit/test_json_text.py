@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from qmoecodec.container.json_text import canonical, compact, decode_utf8, parse_object
+from qmoecodec.container.json_text import MAX_VALUES, Reader, canonical, compact, decode_utf8, parse_object
 from qmoecodec.errors import FormatError
 
 
@@ -60,6 +60,17 @@ def test_places_are_bytes_of_the_file() -> None:
         with pytest.raises(FormatError) as caught:
             decode_utf8(data)
         assert caught.value.where == {"byte": byte}
+
+
+def test_values_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every value counts, keys do not; the limit itself is allowed."""
+    assert MAX_VALUES == 1_048_576
+    for text, n in (("{}", 1), ('{"a":1}', 2), ('{"a":[1,"x",null],"b":{"c":{}}}', 7), ('{"a":[[],[]]}', 4)):
+        monkeypatch.setitem(Reader.__init__.__kwdefaults__, "max_values", n)
+        parse_object(text)
+        monkeypatch.setitem(Reader.__init__.__kwdefaults__, "max_values", n - 1)
+        with pytest.raises(FormatError, match=f"json_size.*more than {n - 1} values"):
+            parse_object(text)
 
 
 @pytest.mark.parametrize("write", [canonical, compact])
