@@ -26,6 +26,8 @@ from qmoecodec.container.writer import dictionary_name
 from qmoecodec.errors import FormatError
 from qmoecodec.types import AnyArray, Dictionary, UInt8Array, UInt32Array, UInt64Array
 
+# Bytes of a passthrough tensor that are in memory at a time where the file is not mapped.
+_CHUNK_BYTES: Final = 16 << 20
 _ROW_LENGTH_TYPES: Final[dict[str, Any]] = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32}
 
 
@@ -223,8 +225,8 @@ class PackedFile:
         if name not in self._checked:
             crc = 0
             n_bytes = self.header.tensors[name].n_bytes
-            for at in range(0, n_bytes, 16 << 20):
-                crc = zlib.crc32(self.read(name, at, min(n_bytes, at + (16 << 20))), crc)
+            for at in range(0, n_bytes, _CHUNK_BYTES):
+                crc = zlib.crc32(self.read(name, at, min(n_bytes, at + _CHUNK_BYTES)), crc)
             if crc != self.metadata.passthrough[name]:
                 raise FormatError("checksum", tensor=name)
             self._checked.add(name)

@@ -32,6 +32,8 @@ def test_fewer_rows_than_experts() -> None:
     stack = q.encode(DIGITS[:, :2], dictionary=TABLE)
     for levels in (LEVELS[:, :2], LEVELS[1, :2]):
         assert q.matvec(stack, levels, X[1], expert=1).tolist() == (WEIGHTS[1, :2] @ X[1]).tolist()
+    with pytest.raises(ValueError, match="levels have the shape"):
+        q.matvec(stack, np.ones((5, 2, 2), np.float32), X[1], expert=1)
 
 
 @pytest.mark.parametrize("expert", [-4, 3])

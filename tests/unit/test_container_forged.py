@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import qmoecodec
+from qmoecodec.container import packed as packed_module
 from qmoecodec.container import unpack, verify
 from qmoecodec.container.reader import File
 from qmoecodec.container.verify import find_errors
@@ -180,6 +181,31 @@ def test_the_first_of_two_short_rows_is_named(path: pathlib.Path, row: list[int]
         error = error_of(lambda: expert.rows(4, 6))
         assert (error.reason, error.where) == ("row_underrun", {"group": "g", "expert": 1, "row": 4})
         assert expert.rows(5, 6).tolist() == [[0, -1, 1, 0]]
+
+
+def test_two_rows_of_which_the_second_is_short(path: pathlib.Path) -> None:
+    """Three codewords cannot give eight digits; only one row is to blame."""
+    path.write_bytes(forge([[[ZEROS, ZEROS], [ZERO], [ZERO] * 4, [ZERO] * 4]]))
+    with qmoecodec.open(path) as f:
+        for begin, end in ((0, 2), (0, 3), (0, 4)):
+            error = error_of(lambda b=begin, e=end: f["g"].expert(0).rows(b, e))
+            assert (error.reason, error.where) == ("row_underrun", {"group": "g", "expert": 0, "row": 1})
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4])
+@pytest.mark.parametrize("mapped", [True, False])
+def test_passthrough_tensors_are_checked_in_chunks(
+    path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, chunk: int, mapped: bool
+) -> None:
+    monkeypatch.setattr(packed_module, "_CHUNK_BYTES", chunk)
+    path.write_bytes(forge())
+    with File(path, mapped=mapped) as f:
+        assert f.tensor_bytes("t").tobytes() == b"abc"
+    for at in range(3):
+        path.write_bytes(forge(late=put("t", b"x", at)))
+        with File(path, mapped=mapped) as f:
+            error = error_of(lambda: f.tensor_bytes("t"))
+        assert (error.reason, error.where) == ("checksum", {"tensor": "t"})
 
 
 def test_numbers_of_experts_and_rows_that_are_not_there(path: pathlib.Path) -> None:
