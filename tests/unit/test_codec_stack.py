@@ -36,7 +36,7 @@ def test_fewer_rows_than_experts() -> None:
         q.matvec(stack, np.ones((5, 2, 2), np.float32), X[1], expert=1)
 
 
-@pytest.mark.parametrize("expert", [-4, 3])
+@pytest.mark.parametrize("expert", [-5, -4, 3, 4])
 def test_experts_that_are_not_there(expert: int) -> None:
     for call in (lambda: q.decode(STACK, expert=expert), lambda: q.matvec(STACK, LEVELS, X[0], expert=expert)):
         with pytest.raises(IndexError, match=f"expert {expert} of 3"):

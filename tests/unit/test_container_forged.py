@@ -252,6 +252,9 @@ def test_row_lengths_are_checked_before_anything_is_decoded(path: pathlib.Path) 
         error = error_of(lambda: f["g"].expert(1))
     assert error.where == {"group": "g", "expert": 1, "row": 1}
     assert error.message == "a row has more codewords than its expert bytes"
+    path.write_bytes(forge(change=put("g_row_lengths", b"\1", 4)))
+    with qmoecodec.open(path) as f:
+        assert error_of(lambda: f["g"].expert(1)).message == "the rows take 10 bytes, the expert has 9"
     path.write_bytes(forge([[[ZERO] * 9], [[ZERO] * 9]], cols=18))
     assert found(path) == [("row_underrun", {**place, "row": 0}), ("row_underrun", {**place, "expert": 1, "row": 0})]
     path.write_bytes(forge([[[ZERO] * 9], [[ZERO] * 9]], cols=19))
