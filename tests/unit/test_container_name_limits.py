@@ -159,7 +159,8 @@ def test_what_cannot_be_ternary(dtype: str, shape: tuple[int, ...], reason: str 
 def test_numbers_of_experts() -> None:
     assert split_expert_name("experts.0") == ("experts.{}", 0)
     assert split_expert_name("a.experts.4294967295.w") == ("a.experts.{}.w", 4294967295)
-    for name in ("a.experts.4294967296.w", "a.experts.4294967297.w", "a.experts.00.w", "a.experts.12345678901.w", "experts.1.{}", "{}.experts.1.w",
+    for name in ("a.experts.4294967296.w", "a.experts.4294967297.w",
+                 "a.experts.00.w", "a.experts.12345678901.w", "experts.1.{}", "{}.experts.1.w",
                  "xexperts.1.w", "a.experts.1w", "a.experts.1."):  # fmt: skip
         assert split_expert_name(name) is None
 
