@@ -264,7 +264,7 @@ class Worker:
         wanted = CALLERS.get(path) or (CALLERS[KERNELS] if path.startswith(KERNELS) else {(path, function)})
         quick = {name: (seconds, found) for name, (seconds, found) in self.tests.items() if seconds < SLOW_SECONDS}
         chosen = [name for name, (_, found) in quick.items() if found & wanted]
-        if not any(wanted & found for _, found in self.tests.values()):
+        if function == "module" or not any(wanted & found for _, found in self.tests.values()):
             chosen = list(quick)
         killers = self.killers[path]
 
