@@ -40,7 +40,7 @@ from mutants import SCOPE, Mutant, mutants_of
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 OUT = ROOT / "build" / "mutation"
-LEAST = 0.95
+LEAST = 0.95  # of the mutants that are not equivalent
 
 COPIED = ("qmoecodec", "tests", "tools", "gpu", "spec", "conformance", "examples", "docs", "pyproject.toml", "README.md")
 KERNELS = "qmoecodec/_kernels/"
@@ -452,7 +452,7 @@ def report(mutants: dict[str, Mutant], results: dict[str, dict[str, Any]]) -> bo
     for key in stale:
         print(f"in survivors.toml, but did not survive: {key}")
     killed, n = total["killed"] + total["timeout"], total["killed"] + total["timeout"] + total["survived"]
-    return not missing and not stale and not total["not run"] and killed >= LEAST * n
+    return not missing and not stale and not total["not run"] and killed >= LEAST * (n - total["equivalent"])
 
 
 def main() -> int:
