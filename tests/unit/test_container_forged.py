@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import pathlib
 import struct
 import zlib
@@ -389,14 +388,10 @@ def test_the_first_tensor_that_index_and_shards_do_not_agree_on(tmp_path: pathli
         assert found(folder) == [("shard_mismatch", {"tensor": name})]
 
 
-def test_files_are_closed_where_opening_fails(tmp_path: pathlib.Path) -> None:
+def test_files_are_closed_where_opening_fails(tmp_path: pathlib.Path, still_open: Callable[[], list[str]]) -> None:
     folder = directory(tmp_path / "a", one=forge(), two=forge(name="h", passthrough="u")[:-1])
     path = tmp_path / "f.safetensors"
     path.write_bytes(forge(late=set_text("dtype", "F8")))
-
-    def still_open() -> list[str]:
-        places = [pathlib.Path("/proc/self/fd", number) for number in os.listdir("/proc/self/fd")]
-        return [str(p.readlink()) for p in places if p.is_symlink() and str(p.readlink()).startswith(str(tmp_path))]
 
     with path.open("rb"):
         assert still_open() == [str(path)]
