@@ -56,7 +56,7 @@ MEMORY = 5 << 30
 
 #: Step 2 takes from these the tests that run the changed function, the quickest first. Kernels cannot be traced: a test
 #: runs them if it runs one of the functions named here.
-TESTS = ("qmoecodec", "tests/unit", "tests/property", "tests/fuzz/test_findings.py")
+TESTS = ("qmoecodec", "tests/unit", "tests/property")
 CALLERS = {
     "qmoecodec/_kernels/ternary.py": {("qmoecodec/container/ternary.py", "fill_rows")},
     KERNELS: {("qmoecodec/codec/rows.py", name) for name in ("decode_rows", "count_digits", "matvec_rows")},
