@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -143,39 +145,38 @@ def _check_expert(group: GroupData, expert: int, not_canonical: list[FormatError
                     if len(found) < _MAX_ROWS:
                         found.append(error)
         else:
-            if not_canonical is not None and len(other) < _MAX_ROWS:
-                other += _check_canonical(group, expert, parts, digits, begin)
+            if not_canonical is not None:
+                other += islice(_check_canonical(group, expert, parts, digits, begin), _MAX_ROWS - len(other))
         if len(errors) == _MAX_ROWS:
             break
     if errors or zeros:
         return (errors + zeros)[:_MAX_ROWS]
     if not_canonical is not None:
-        not_canonical += other[:_MAX_ROWS]
+        not_canonical += other
     return []
 
 
 def _check_canonical(
     group: GroupData, expert: int, parts: ExpertData, digits: Int8Array, begin: int
-) -> list[FormatError]:
-    """Encode rows from `begin` on again; name those that differ."""
-    place: dict[str, object] = {"group": group.info.name, "expert": expert}
-    try:
-        codes, row_lengths = codec.encode_rows(digits, dictionary=parts.dictionary)
-    except EncodeError as error:
-        return [FormatError("not_canonical", f"the dictionary has no encoding: {error}").at(**place)]
+) -> Iterator[FormatError]:
+    """Encode rows from `begin` on again; name those that differ, or that the dictionary cannot encode."""
+    starts = parts.row_starts
     end = begin + len(digits)
-    own_codes = parts.codes[int(parts.row_starts[begin]) : int(parts.row_starts[end])]
-    if np.array_equal(codes, own_codes) and np.array_equal(row_lengths, parts.row_lengths[begin:end]):
-        return []
-    errors = []
+    with contextlib.suppress(EncodeError):
+        codes, row_lengths = codec.encode_rows(digits, dictionary=parts.dictionary)
+        stored = parts.codes[int(starts[begin]) : int(starts[end])]
+        if np.array_equal(codes, stored) and np.array_equal(row_lengths, parts.row_lengths[begin:end]):
+            return
     for row in range(begin, end):
-        own, lengths = codec.encode_rows(digits[row - begin : row - begin + 1], dictionary=parts.dictionary)
-        stored = parts.codes[int(parts.row_starts[row]) : int(parts.row_starts[row + 1])]
-        if int(lengths[0]) != int(parts.row_lengths[row]) or not np.array_equal(own, stored):
-            errors.append(FormatError("not_canonical", row=row).at(**place))
-            if len(errors) == _MAX_ROWS:
-                break
-    return errors
+        message = ""
+        try:
+            # Equal bytes hold equally many codewords: none is shorter than a byte.
+            codes, _ = codec.encode_rows(digits[row - begin : row - begin + 1], dictionary=parts.dictionary)
+            if np.array_equal(codes, parts.codes[int(starts[row]) : int(starts[row + 1])]):
+                continue
+        except EncodeError:
+            message = "the dictionary has no encoding of the row"
+        yield FormatError("not_canonical", message, row=row).at(group=group.info.name, expert=expert)
 
 
 def _check_row_lengths(group: GroupData) -> list[FormatError]:

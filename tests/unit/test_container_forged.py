@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import os
 import pathlib
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +26,7 @@ from qmoecodec.errors import FormatError
 ZERO, MINUS, PLUS, ZEROS, PLUS_ZERO, UNUSED = range(6)
 DICTIONARY = bytes([1, 1, 1, 2, 2] + [0] * 251) + pack_two_bits(np.uint8([0, 1, 2, 0, 0, 2, 0]))
 Tensors = dict[str, list[Any]]  # name -> [dtype, shape, bytes]
+SIZES = {"U64": 8, "F32": 4, "U32": 4, "U16": 2}
 verify_module = importlib.import_module("qmoecodec.container.verify")  # the name in the package is the function
 Change = Callable[[Tensors, dict[str, Any]], None]
 GOOD = [[[ZERO, MINUS, PLUS, ZERO], [ZEROS, ZEROS], [PLUS, ZEROS, MINUS]]] * 2
@@ -77,11 +80,34 @@ def forge(
     metadata = own | {"qmoecodec": json.dumps(text, sort_keys=True, separators=(",", ":"))}
     header: dict[str, Any] = {"__metadata__": metadata}
     body = b""
-    order = sorted(tensors, key=lambda key: -{"U64": 8, "F32": 4, "U32": 4, "U16": 2}.get(tensors[key][0], 1))
-    for key in order:
+    for key in sorted(tensors, key=lambda key: -SIZES.get(tensors[key][0], 1)):
         dtype, shape, data = tensors[key]
         header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [len(body), len(body) + len(data)]}
         body += data
+    return assemble(header, body)
+
+
+def join(one: bytes, two: bytes) -> bytes:
+    """Put two files with a group and the same dictionary into one."""
+    both = []
+    for data in (one, two):
+        (n,) = struct.unpack("<Q", data[:8])
+        header = json.loads(data[8 : 8 + n])
+        text = json.loads(header.pop("__metadata__")["qmoecodec"])
+        both.append((text, {key: (e, data[8 + n :][slice(*e["data_offsets"])]) for key, e in header.items()}))
+    text, tensors = both[0][0], both[0][1] | both[1][1]
+    text["groups"] += both[1][0]["groups"]
+    text["passthrough"] |= both[1][0]["passthrough"]
+    header = {"__metadata__": {"qmoecodec": json.dumps(text, sort_keys=True, separators=(",", ":"))}}
+    body = b""
+    for key, (entry, data) in sorted(tensors.items(), key=lambda item: -SIZES.get(item[1][0]["dtype"], 1)):
+        header[key] = entry | {"data_offsets": [len(body), len(body) + len(data)]}
+        body += data
+    return assemble(header, body)
+
+
+def assemble(header: dict[str, Any], body: bytes) -> bytes:
+    """Put header and data together, with the header's checksum."""
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     head = struct.pack("<Q", len(head)) + head
@@ -388,6 +414,44 @@ def test_the_first_tensor_that_index_and_shards_do_not_agree_on(tmp_path: pathli
         assert found(folder) == [("shard_mismatch", {"tensor": name})]
 
 
+def test_a_file_may_have_descriptor_0(path: pathlib.Path) -> None:
+    """It does where standard input is closed."""
+    path.write_bytes(forge())
+    kept = os.dup(0)
+    try:
+        for mapped in (True, False):
+            os.close(0)
+            with File(path, mapped=mapped) as f:
+                assert f.files[0].fd == 0
+                assert f["g"].decode().shape == (2, 3, 4)
+                assert f.tensor_bytes("t").tobytes() == b"abc"
+            with pytest.raises(OSError, match="descriptor"):
+                os.fstat(0)
+            os.dup2(kept, 0)
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
+
+
+def test_groups_that_are_not_there(path: pathlib.Path) -> None:
+    path.write_bytes(forge())
+    with qmoecodec.open(path) as f:
+        for name in ("", "f", "g ", "h"):
+            with pytest.raises(KeyError):
+                f[name]
+            with pytest.raises(KeyError):
+                f.files[0].group(name)
+
+
+def test_two_readings_of_an_expert_are_not_the_same(path: pathlib.Path) -> None:
+    """They hold arrays, so that they are compared and hashed by what they are, not by what they hold."""
+    path.write_bytes(forge())
+    with qmoecodec.open(path) as f:
+        one, two = (f["g"].data.expert(0) for _ in range(2))
+        assert one == one and one != two
+        assert len({one, two}) == 2
+
+
 def test_files_are_closed_where_opening_fails(tmp_path: pathlib.Path, still_open: Callable[[], list[str]]) -> None:
     folder = directory(tmp_path / "a", one=forge(), two=forge(name="h", passthrough="u")[:-1])
     path = tmp_path / "f.safetensors"
@@ -476,27 +540,145 @@ def test_what_is_not_canonical_comes_after_all_else(path: pathlib.Path) -> None:
     assert (report.path, report.deep, report.ok, report.problems) == (str(path), True, True, ())
 
 
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The rows that `verify` decodes, as they come."""
+    ranges: list[tuple[int, int]] = []
+    decode = verify_module.decode_expert
+
+    def note(group: Any, expert: int, parts: Any, begin: int, end: int) -> Any:
+        ranges.append((begin, end))
+        return decode(group, expert, parts, begin, end)
+
+    monkeypatch.setattr(verify_module, "decode_expert", note)
+    return ranges
+
+
+def test_rows_are_decoded_in_blocks(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, decoded: list[tuple[int, int]]) -> None:
+    """Of at most as many digits as are said, but never less than a row."""
+    for cols, block, sizes in ((4, None, [6]), (4, 3, [1] * 6), (4, 4, [1] * 6), (4, 11, [2] * 3), (4, 20, [5, 1]), (4, 24, [6]),
+                               (1, 4, [4, 2]), (1, 3, [3, 3]), (0, 3, [3, 3])):  # fmt: skip
+        if block is not None:
+            monkeypatch.setattr(verify_module, "BLOCK_BYTES", block)
+        path.write_bytes(forge([[[ZERO] * cols] * 6], cols=cols))
+        decoded.clear()
+        assert found(path) == []
+        ends = np.cumsum(sizes).tolist()
+        assert decoded == list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def test_no_more_rows_are_looked_at_than_are_named(
+    path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, decoded: list[tuple[int, int]]
+) -> None:
+    """However many are wrong: a row by itself is decoded slowly."""
+
+    def single(begin: int, end: int) -> list[tuple[int, int]]:
+        return [(row, row + 1) for row in range(begin, end)]
+
+    monkeypatch.setattr(verify_module, "BLOCK_BYTES", 20 * 4)
+    path.write_bytes(forge([[BAD_ROW] * 60]))
+    assert len(found(path)) == 16
+    assert decoded == [(0, 20), *single(0, 16)]
+    decoded.clear()
+    path.write_bytes(forge([[GOOD_ROW] * 20 + [GOOD_ROW, BAD_ROW] * 20]))
+    assert len(found(path)) == 16
+    assert decoded == [(0, 20), (20, 40), *single(20, 40), (40, 60), *single(40, 52)]
+    decoded.clear()
+    path.write_bytes(forge([[GOOD_ROW] * 60], levels=(-1, 0)))  # other errors of later blocks would come first
+    assert len(found(path)) == 16
+    assert decoded == [(0, 20), *single(0, 16), (20, 40), (40, 60)]
+    decoded.clear()
+    path.write_bytes(forge([[GOOD_ROW] * 19 + [BAD_ROW] + [GOOD_ROW] * 40], levels=(-1, 0)))
+    assert [reason for reason, _ in found(path)] == ["unused_codeword"] + ["level_zero"] * 15
+    assert decoded == [(0, 20), *single(0, 20), (20, 40), (40, 60)]
+
+
+def test_what_is_wrong_with_one_group_does_not_hide_the_next(tmp_path: pathlib.Path) -> None:
+    """Nor is anything of the first group reported but what is known of it."""
+    one, two = (forge(name=name, passthrough=name + "t") for name in "gh")
+    path = tmp_path / "both.safetensors"
+    path.write_bytes(join(one, two))
+    assert found(path) == []
+    with qmoecodec.open(path) as f:
+        places = {name: f.files[0].header.data_begin + info.begin for name, info in f.files[0].header.tensors.items()}
+    data = bytearray(path.read_bytes())
+    data[places["g_code_offsets"]] ^= 1
+    data[places["h_codes"] + 9] ^= 1  # of the second expert
+    path.write_bytes(data)
+    assert found(path) == [
+        ("code_offsets", {"group": "g", "tensor": "g_code_offsets"}), ("checksum", {"group": "h", "expert": 1}),
+    ]  # fmt: skip
+
+
+def test_a_whole_file_is_not_mapped_to_check_it(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A map counts as memory of the process, and ends it where the file becomes shorter."""
+    path.write_bytes(forge(late=put("t", b"x")))
+    monkeypatch.setattr(packed_module.mmap, "mmap", None)
+    assert found(path) == [("checksum", {"tensor": "t"})]
+    path.write_bytes(forge())
+    unpack(path, path.with_name("u.safetensors"))
+    with pytest.raises(TypeError):
+        qmoecodec.open(path)
+
+
+def large(rows: int, n_passthrough: int) -> bytes:
+    """A file whose expert has 62,500 digits a row, of 250 codewords."""
+
+    def change(tensors: Tensors, text: dict[str, Any]) -> None:
+        data = bytes([250, 1, 2] + [0] * 253) + pack_two_bits(np.uint8([0] * 250 + [1, 0, 2]))
+        tensors["qmoecodec.dictionary.0"][1:] = [[len(data)], data]
+        tensors["t"][1:] = [[n_passthrough], bytes(n_passthrough)]
+
+    return forge([[[0] * 250] * rows], cols=250 * 250, change=change)
+
+
+def most_memory(work: Callable[[], object]) -> int:
+    work()  # loads what is loaded once
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_to_verify_does_not_grow_with_the_file(path: pathlib.Path) -> None:
+    """30 MiB of digits, of which two blocks of 8 MiB are there at once, and a tensor of 32 MiB, one block of 16."""
+    path.write_bytes(large(510, 32 << 20))
+    assert most_memory(lambda: found(path)) < 24 << 20
+
+
+def test_memory_to_unpack_does_not_grow_with_the_file(path: pathlib.Path) -> None:
+    """30 MiB of numbers, of which two blocks of 8 MiB are there at once."""
+    path.write_bytes(large(130, 3))
+    assert most_memory(lambda: unpack(path, path.with_name("u.safetensors"))) < 24 << 20
+    assert path.with_name("u.safetensors").stat().st_size > 30 << 20
+
+
 def test_nothing_is_counted_in_a_file_that_cannot_be_opened(path: pathlib.Path) -> None:
     path.write_bytes(forge()[:-1])
     report = verify(path, deep=True)
     assert (report.n_groups, report.n_experts, report.n_tensors, report.ok, report.deep) == (0, 0, 0, False, True)
 
 
-def test_a_table_that_cannot_encode_what_it_decodes(path: pathlib.Path) -> None:
+def test_a_table_that_cannot_encode_what_it_decodes(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """+ and "0 -" give + 0 -, but an encoder takes "+ 0" first and has nothing for the - (spec §5.1)."""
 
     def change(tensors: Tensors, text: dict[str, Any]) -> None:
         data = bytes([1, 2, 2] + [0] * 253) + pack_two_bits(np.uint8([2, 2, 0, 0, 1]))
         tensors["qmoecodec.dictionary.0"][1:] = [[len(data)], data]
 
-    path.write_bytes(forge([[[0, 2]], [[0, 2]]], cols=3, change=change))
+    path.write_bytes(forge([[[1, 0], [0, 2]], [[0, 2], [0, 2]]], cols=3, change=change))
     with qmoecodec.open(path) as f:
-        assert f["g"].decode().tolist() == [[[1, 0, -1]]] * 2
+        assert f["g"].decode().tolist() == [[[1, 0, 1], [1, 0, -1]], [[1, 0, -1]] * 2]
         assert list(find_errors(f)) == []
     assert found(path) == []
-    problems = verify(path, deep=True).problems
-    assert [(p.reason, p.where) for p in problems] == [("not_canonical", {"group": "g", "expert": e}) for e in (0, 1)]
-    assert "the dictionary has no encoding" in problems[0].message
+    for block in (1 << 20, 3):
+        monkeypatch.setattr(verify_module, "BLOCK_BYTES", block)
+        problems = verify(path, deep=True).problems
+        places = [{"group": "g", "expert": e, "row": r} for e, r in ((0, 1), (1, 0), (1, 1))]
+        assert [(p.reason, p.where) for p in problems] == [("not_canonical", place) for place in places]
+        assert "the dictionary has no encoding of the row" in problems[0].message
 
 
 def test_what_no_expert_needs_is_checked_too(path: pathlib.Path) -> None:
