@@ -32,12 +32,11 @@ def read_at(fd: int, begin: int, n_bytes: int) -> bytearray:
     """
     data = bytearray(n_bytes)
     view = memoryview(data)
-    at = 0
-    while at < n_bytes:
-        n = os.preadv(fd, [view[at : at + (1 << 30)]], begin + at)
-        if n == 0:
-            raise FormatError("truncated", "the file became shorter while it was read", byte=begin + at)
-        at += n
+    while len(view):  # one call reads 2 GiB at most
+        n = os.preadv(fd, [view], begin)
+        if not n:
+            raise FormatError("truncated", "the file became shorter while it was read", byte=begin)
+        view, begin = view[n:], begin + n
     return data
 
 
@@ -70,7 +69,7 @@ def _name_file(error: BaseException, path: pathlib.Path) -> None:
 @contextlib.contextmanager
 def new_file(path: pathlib.Path) -> Iterator[int]:
     """Create a file and yield its descriptor; flushed to the disk at the end."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         yield fd
         os.fsync(fd)
@@ -160,7 +159,7 @@ def atomic_directory(path: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib
 
 def copy_file(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copy a file's bytes (not its times or owner) and flush them to the disk."""
-    fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(source, os.O_RDONLY)
     try:
         with new_file(target) as out:
             at = 0

@@ -47,7 +47,7 @@ def split_expert_name(name: str) -> tuple[str, int] | None:
     True
     """
     match = _EXPERT.fullmatch(name)
-    if match is None or int(match[2]) >= 1 << 32 or "{}" in match[1] or "{}" in match[3]:
+    if match is None or int(match[2]) >= 1 << 32 or "{}" in name:
         return None
     return f"{match[1]}{{}}{match[3]}", int(match[2])
 

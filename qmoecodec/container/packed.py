@@ -134,7 +134,7 @@ class PackedFile:
     def __init__(self, path: pathlib.Path, *, mapped: bool) -> None:
         self.path = path
         self._map: mmap.mmap | None = None
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = os.open(path, os.O_RDONLY)
         try:
             self.n_file = os.fstat(self.fd).st_size
             data = read_header_bytes(self.fd, self.n_file)
@@ -156,6 +156,7 @@ class PackedFile:
             self.close()
             raise
         self.source_metadata = {k: v for k, v in self.header.metadata.items() if k != METADATA_KEY} or None
+        self._infos = {info.name: info for info in self.metadata.groups}
         self._dictionaries: dict[int, Dictionary] = {}
         self._groups: dict[str, GroupData] = {}
         self._checked: set[str] = set()
@@ -216,8 +217,7 @@ class PackedFile:
         """Return a group after checking its offsets (spec §6.2)."""
         known = self._groups.get(name)
         if known is None:
-            info = next(g for g in self.metadata.groups if g.name == name)
-            known = self._groups[name] = GroupData(self, info)
+            known = self._groups[name] = GroupData(self, self._infos[name])
         return known
 
     def check_passthrough(self, name: str) -> None:

@@ -58,7 +58,7 @@ class Source:
             raise
 
     def _open_file(self, file: pathlib.Path) -> None:
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(file, os.O_RDONLY)
         self._fds.append(fd)
         self.n_file_bytes += os.fstat(fd).st_size
         try:

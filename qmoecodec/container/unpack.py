@@ -154,4 +154,4 @@ def _experts(file: PackedFile, group: GroupInfo, experts: range) -> Iterator[Chu
         for row in range(0, rows, n):
             end = min(rows, row + n)
             digits = decode_expert(data, expert, parts, row, end)
-            yield fill_rows(digits, parts.levels[row:end]).reshape(-1).view(np.uint8).data
+            yield fill_rows(digits, parts.levels[row:end]).ravel().view(np.uint8).data
