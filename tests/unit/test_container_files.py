@@ -1,13 +1,25 @@
 """Files in chunks, and files and directories that appear whole, each by itself."""
 
+import ctypes
 import errno
 import os
 import pathlib
+import re
+import tracemalloc
 
 import pytest
 
 from qmoecodec.container import files
-from qmoecodec.container.files import atomic_directory, atomic_file, copy_file, new_file, read_at, read_chunks
+from qmoecodec.container.files import (
+    atomic_directory,
+    atomic_file,
+    copy_file,
+    exchange,
+    fsync_directory,
+    new_file,
+    read_at,
+    read_chunks,
+)
 from qmoecodec.errors import FormatError
 
 DATA = bytes(range(1, 24))
@@ -84,3 +96,47 @@ def test_a_link_to_a_directory_is_left_alone(tmp_path: pathlib.Path) -> None:
     with pytest.raises(FileExistsError, match="not a directory"), atomic_directory(tmp_path / "link", overwrite=True):
         pass
     assert (tmp_path / "link").is_symlink()
+
+
+def test_a_temporary_name_shows_whose_it_is_however_long_that_is(tmp_path: pathlib.Path) -> None:
+    cut = (("n" * 255, "n" * 100), ("n" * 100, "n" * 100), ("a.b", "a.b"), ("é" * 127, "é" * 50), ("né" * 85, "né" * 33 + "n"))
+    for name, begin in cut:
+        for make in (atomic_file, atomic_directory):
+            with make(tmp_path / name, overwrite=False) as temporary:
+                assert re.fullmatch(rf"\.{re.escape(begin)}\.[0-9a-f]{{12}}\.tmp", temporary.name)
+                if make is atomic_file:
+                    temporary.write_bytes(b"")
+            assert os.listdir(tmp_path) == [name]
+            (tmp_path / name).unlink() if make is atomic_file else (tmp_path / name).rmdir()
+
+
+def test_only_a_directory_is_flushed_as_one(source: pathlib.Path) -> None:
+    fsync_directory(source.parent)
+    with pytest.raises(NotADirectoryError):
+        fsync_directory(source)
+
+
+def test_a_file_is_never_in_memory_as_a_whole(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "source").touch()
+    os.truncate(tmp_path / "source", 40 << 20)
+    tracemalloc.start()
+    try:
+        copy_file(tmp_path / "source", tmp_path / "copy")
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "copy").stat().st_size == 40 << 20
+    assert most < 12 << 20
+
+
+def test_names_trade_places_where_the_system_can(tmp_path: pathlib.Path) -> None:
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"was {name}").touch()
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    can = renameat2 is not None and renameat2(-100, bytes(tmp_path / "c"), -100, bytes(tmp_path / "d"), 2) == 0
+    assert exchange(tmp_path / "a", tmp_path / "b") is can
+    assert os.listdir(tmp_path / "a") == (["was b"] if can else ["was a"])
+    assert os.listdir(tmp_path / "b") == (["was a"] if can else ["was b"])
+    assert exchange(tmp_path / "a", tmp_path / "gone") is False
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c", "d"]

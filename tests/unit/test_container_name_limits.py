@@ -15,6 +15,7 @@ from qmoecodec.container.naming import (
     short_name,
     split_expert_name,
 )
+from qmoecodec.container.packed import add_name
 from qmoecodec.container.shards import check_member, find_shards, finish_shards, is_inside
 from qmoecodec.errors import FormatError
 
@@ -194,3 +195,21 @@ def test_short_names() -> None:
     assert short("experts.{}") == "experts"
     assert short("a.weight", "matrix") == "a"
     assert short(".weight", "matrix") == ".weight"
+
+
+def test_an_index_that_would_leave_out_a_file_is_not_written(tmp_path: pathlib.Path) -> None:
+    parts = [tmp_path / name for name in "ab"]
+    for part in parts:
+        part.touch()
+    with pytest.raises(ValueError, match="shorter"):
+        finish_shards(tmp_path, parts, [["x"]], {}, 1)
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+
+
+def test_a_name_of_any_length_is_remembered_by_128_bits() -> None:
+    """Enough that nobody finds two names that are taken for one; a file need not pay for the names of its experts."""
+    seen: set[bytes] = set()
+    names = ["", "a", "A", "é", "n" * 4096, *(f"e.{i}.w" for i in range(1000))]
+    assert [add_name(seen, name) for name in names] == [True] * len(names)
+    assert [add_name(seen, name) for name in names] == [False] * len(names)
+    assert {len(digest) for digest in seen} == {16}

@@ -69,12 +69,15 @@ def test_the_first_tensor_on_which_index_and_shards_differ(folder: pathlib.Path,
 
 def test_only_weight_files_of_the_directory_itself_are_left_out(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     (folder / "sub" / "deep").mkdir(parents=True)
-    for name in ("sub/x.safetensors", "sub/model.safetensors", "sub/deep/model.safetensors.index.json", "z.txt", "a.txt"):
+    (folder / "!sub").mkdir()  # a name before "."
+    below = ["!sub/model.safetensors", "!sub/x.safetensors", "sub/model.safetensors", "sub/x.safetensors",
+             "sub/deep/model.safetensors.index.json"]  # fmt: skip
+    for name in (*below, "z.txt", "a.txt"):
         (folder / name).write_text(name)
     target = tmp_path / "out"
     target.mkdir()
     copied = copy_other_files(folder, target, (folder / "x.safetensors", folder / "y.safetensors"))
-    assert copied == ["a.txt", "z.txt", "sub/model.safetensors", "sub/x.safetensors", "sub/deep/model.safetensors.index.json"]
+    assert copied == ["a.txt", "z.txt", *below]
     assert sorted(p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()) == sorted(copied)
     for name in copied:
         assert (target / name).read_text() == name

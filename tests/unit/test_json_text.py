@@ -79,3 +79,8 @@ def test_what_is_no_json_is_not_written(write: object, number: float) -> None:
     assert callable(write)
     with pytest.raises(ValueError, match="JSON"):
         write({"a": number})
+
+
+def test_the_place_of_a_byte_order_mark() -> None:
+    error = error_of("\ufeff{}")
+    assert (error.reason, error.where) == ("header_encoding", {"byte": 0})
