@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -147,6 +148,8 @@ def test_what_only_the_strict_profile_rejects() -> None:
 def test_white_space_and_key_order_do_not_matter() -> None:
     text = '{ "t" :\n{"shape":[ 2 ],"data_offsets": [0 ,8],"dtype":"F3\\u0032"} }'
     assert parse(text).tensors == parse(GOOD).tensors
+    for name in ("T", "0", "", "__metadata_", "__metadata__ ", "~", "é"):  # before and after __metadata__
+        assert parse(text.replace('"t"', f'"{name}"')).tensors == {name: parse(GOOD).tensors["t"]}
 
 
 def test_too_many_tensors() -> None:
@@ -174,6 +177,36 @@ def test_too_many_values() -> None:
         parse_object(f'{{"a":[{items},0]}}')
     with pytest.raises(FormatError, match="json_size"):  # it stops there
         parse_object(f'{{"a":[{items},0,x')
+
+
+ZEROS = f"[{','.join(['0'] * 10_000)}]"
+KEYS = json.dumps({f"{i:05x}": 0 for i in range(3_000)}, separators=(",", ":"))
+
+
+@pytest.mark.parametrize(
+    ("text", "most"),
+    [
+        (f'{{"t":{ZEROS}}}', 1.5),
+        (f'{{"t":[[{ZEROS}]]}}', 1.5),
+        (f'{{"t":{{"shape":[{ZEROS}]}}}}', 1.5),
+        (f'{{"__metadata__":{{"a":{ZEROS}}}}}', 1.5),
+        (f'{{"__metadata__":[{ZEROS}]}}', 1.5),
+        (f'{{"t":[[{KEYS}]]}}', 13.0),  # the keys themselves are remembered, for none may stand twice
+    ],
+    ids=["array", "nested", "shape", "metadata", "array of metadata", "keys"],
+)
+def test_nothing_is_built_of_values_that_stand_where_none_may(text: str, most: float) -> None:
+    """The text is decoded, and hardly anything beside it."""
+    data = text.encode() + b" " * (-len(text) % 8)
+    data = struct.pack("<Q", len(data)) + data
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError, match="header_schema"):
+            parse_header(data, len(data))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < most * len(text)
 
 
 def test_sixteen_deep_is_allowed() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import sys
+from typing import Any
 
 import pytest
 
@@ -84,3 +87,31 @@ def test_what_is_no_json_is_not_written(write: object, number: float) -> None:
 def test_the_place_of_a_byte_order_mark() -> None:
     error = error_of("\ufeff{}")
     assert (error.reason, error.where) == ("header_encoding", {"byte": 0})
+
+
+def test_levels_that_are_not_kept_are_checked_all_the_same() -> None:
+    def cut(value: Any, keep: int) -> Any:
+        if isinstance(value, list):
+            return [cut(item, keep - 1) for item in value] if keep > 0 else None
+        if isinstance(value, dict):
+            return {key: cut(item, keep - 1) for key, item in value.items()} if keep > 0 else None
+        return value
+
+    for text in ('[1,[2,[3,[],{}]],{"a":{"b":["c"]}}]', '{"a":[1,{"b":[2,{}]},[]],"c":{"d":[]}}', "3", "[]", "{}"):
+        for keep in range(-1, 7):
+            reader = Reader(text)
+            assert reader.value(1, keep) == cut(json.loads(text), keep)
+            assert reader.at == len(text)
+    for text, reason in (("[[[-1]]]", "json_number"), ('[[{"a":1,"a":2}]]', "duplicate_key"), ("[[{}}]]", "header_json"),
+                         ("[" * 17 + "]" * 17, "json_depth")):  # fmt: skip
+        for keep in range(4):
+            with pytest.raises(FormatError) as caught:
+                Reader(text).value(1, keep)
+            assert caught.value.reason == reason
+
+
+def test_an_integer_of_a_thousand_digits_is_kept_exactly() -> None:
+    for digits, kept in (("9" * 1000, True), ("-" + "9" * 999, True), ("9" * 1001, False), ("-" + "9" * 1000, False)):
+        (number,) = parse_object(f'{{"m":[{digits}]}}', any_number_below="m")["m"]
+        assert number == (int(digits) if kept else math.copysign(sys.float_info.max, int(digits[:5])))
+        assert type(number) is (int if kept else float)
