@@ -129,7 +129,7 @@ def test_a_file_is_never_in_memory_as_a_whole(tmp_path: pathlib.Path) -> None:
     assert most < 12 << 20
 
 
-def test_names_trade_places_where_the_system_can(tmp_path: pathlib.Path) -> None:
+def test_names_trade_places_where_the_system_can(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in "abcd":
         (tmp_path / name).mkdir()
         (tmp_path / name / f"was {name}").touch()
@@ -138,5 +138,8 @@ def test_names_trade_places_where_the_system_can(tmp_path: pathlib.Path) -> None
     assert exchange(tmp_path / "a", tmp_path / "b") is can
     assert os.listdir(tmp_path / "a") == (["was b"] if can else ["was a"])
     assert os.listdir(tmp_path / "b") == (["was a"] if can else ["was b"])
+    monkeypatch.chdir(tmp_path)
+    assert exchange(pathlib.Path("a"), pathlib.Path("b")) is can
+    assert os.listdir(tmp_path / "a") == ["was a"]
     assert exchange(tmp_path / "a", tmp_path / "gone") is False
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "c", "d"]
