@@ -120,7 +120,8 @@ def name_groups(candidates: Iterable[Candidate], taken: Collection[str]) -> list
                 choices = [f"{short}_{number}"]
             name = choices.pop(0)
             if (
-                name not in used
+                name
+                and name not in used
                 and len(name.encode()) <= MAX_NAME
                 and not is_reserved(name)
                 and not any(role_name(name, role) in taken for role in ROLES)
