@@ -15,9 +15,10 @@ from __future__ import annotations
 from typing import Any, Final
 
 import numpy as np
-from numba import float32, int8, int64, njit, uint32, uint64
+from numba import float32, int8, int64, uint32, uint64
 
 from qmoecodec._kernels.memory import add_pair, clear_bytes, copy_bytes, high_float, low_float, store_u64
+from qmoecodec._numba import njit
 
 #: Codewords between two comparisons of the position with the end of the row.
 BLOCK: Final = 16

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import int64, njit, uint8, uint16, uint32, uint64
+from numba import int64, uint8, uint16, uint32, uint64
 
 from qmoecodec._kernels.tables import STEP_COUNT_SHIFT, STEP_FIRST_SHIFT, STEP_SECOND_SHIFT
+from qmoecodec._numba import njit
 
 #: Rows encoded side by side, so that their table look-ups overlap.
 LANES = 4

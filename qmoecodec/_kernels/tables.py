@@ -11,8 +11,9 @@ from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
-from numba import int64, njit
+from numba import int64
 
+from qmoecodec._numba import njit
 from qmoecodec.types import Dictionary, UInt8Array
 
 # Field positions in an encoder step (uint64): next node x 4, number of codewords emitted, and the codewords.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
+from qmoecodec._numba import njit
 
 # Columns that are looked at in one vectorised step before the exact one.
 _BLOCK = 512

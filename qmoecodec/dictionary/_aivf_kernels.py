@@ -15,18 +15,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
+from qmoecodec._numba import njit
 
 # A type is one number, length << 16 | j << 8 | k, so that shorter strings come first among equally probable ones.
 _LENGTH, _MINUS = 16, 8
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _before(p: float, t: int, q: float, u: int) -> bool:
     return p > q or (p == q and t < u)
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _push(heap_p: Any, heap_t: Any, heap_n: Any, size: int, p: float, t: int, n: int) -> int:
     at = size
     while at > 0:
@@ -39,7 +39,7 @@ def _push(heap_p: Any, heap_t: Any, heap_n: Any, size: int, p: float, t: int, n:
     return size + 1
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _pop(heap_p: Any, heap_t: Any, heap_n: Any, size: int) -> int:
     size -= 1
     p, t, n = heap_p[size], heap_t[size], heap_n[size]
@@ -58,7 +58,7 @@ def _pop(heap_p: Any, heap_t: Any, heap_n: Any, size: int) -> int:
     return size
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _fill(
     powers: Any,
     state: int,
@@ -125,7 +125,7 @@ def _fill(
     return n_types, completed, digits, incomplete
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def count_nodes(
     powers: Any,
     state: int,
@@ -149,7 +149,7 @@ def count_nodes(
         n_complete = completed  # the limits leave fewer nodes to complete, and so room for fewer extended ones
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def mean_digits(
     powers: Any,
     n_codewords: int,
@@ -165,7 +165,7 @@ def mean_digits(
     return (1.0 - in_1) * digits_0 + in_1 * digits_1
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def best_threshold(
     powers: Any,
     n_codewords: int,

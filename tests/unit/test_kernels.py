@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -184,3 +186,20 @@ def test_a_long_row_is_explained_in_time_that_grows_with_its_length(code_bits: i
     pair = (1 << code_bits | 1).to_bytes(code_bits // 4, "little")
     codes, lengths = np.frombuffer(pair * 300_000, np.uint8), np.array([600_000], np.uint32)
     assert outcome(q.decode_rows, codes, lengths, cols=17, dictionary=d) == ["row_overrun", {"row": 0, "codeword": 17}]
+
+
+def test_kernels_do_without_a_cache_on_disk() -> None:
+    """A user without home directory, in an installation of somebody else, has no place for Numba's cache."""
+    program = (
+        "import sys, warnings, numpy as np, numba.core.caching as caching\n"
+        "for kind in (caching.CacheImpl, *caching.CacheImpl.__subclasses__()): kind._locator_classes = []\n"
+        "import qmoecodec as q\n"
+        "digits = np.zeros((2, 3), np.int8)\n"
+        "with warnings.catch_warnings(record=True) as found:\n"
+        "    warnings.simplefilter('always')\n"
+        "    assert (q.decode(q.encode(digits)) == digits).all()\n"
+        "assert [w.category for w in found] == [RuntimeWarning], found\n"
+        "assert 'NUMBA_CACHE_DIR' in str(found[0].message)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
