@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -21,6 +22,21 @@ MAX_PHRASE: Final = 255
 MAX_DICTIONARIES: Final = 256
 MAX_DIM: Final = 2**31 - 1
 MAX_WEIGHTS: Final = 2**62 - 1
+
+
+def check_array(value: object, name: str, dtype: npt.DTypeLike, shape: tuple[int, ...] | None = None) -> AnyArray:
+    """Return an array, not copied, after checking that it is one of the dtype, and of the shape if one is given.
+
+    Nothing is converted. Raises TypeError, ValueError; the argument is named.
+    """
+    wanted = np.dtype(dtype)
+    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a numpy array of {wanted}, not {type(value).__name__}")
+    if value.dtype != wanted:
+        raise TypeError(f"{name} is a numpy array of {wanted}, not of {value.dtype}")
+    if shape is not None and value.shape != shape:
+        raise ValueError(f"{name} has the shape {shape}, not {value.shape}")
+    return value.view(np.ndarray)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,6 +108,8 @@ class Encoded:
     dictionary_index : uint8[experts]    index into `dictionaries`
     dictionaries : the bank; those an expert names share one `code_bits`
     is_matrix : True when built from a two-dimensional array, which `decode` then returns
+
+    Types and shapes are checked when a stack is built (TypeError, ValueError), what the arrays hold when it is decoded.
     """
 
     shape: tuple[int, int, int]
@@ -101,6 +119,22 @@ class Encoded:
     dictionary_index: UInt8Array
     dictionaries: tuple[Dictionary, ...]
     is_matrix: bool = False
+
+    def __post_init__(self) -> None:
+        experts, rows, _ = dims = tuple(operator.index(n) for n in self.shape)
+        if min(dims) < 0:
+            raise ValueError(f"shape has no negative numbers: {self.shape}")
+        if self.is_matrix and experts != 1:
+            raise ValueError(f"a matrix is one expert, not {experts}")
+        codes = check_array(self.codes, "codes", np.uint8)
+        if codes.ndim != 1:
+            raise ValueError(f"codes has one dimension, not the shape {codes.shape}")
+        check_array(self.code_offsets, "code_offsets", np.uint64, (experts + 1,))
+        check_array(self.row_lengths, "row_lengths", np.uint32, (experts, rows))
+        check_array(self.dictionary_index, "dictionary_index", np.uint8, (experts,))
+        for dictionary in self.dictionaries:
+            if not isinstance(dictionary, Dictionary):
+                raise TypeError(f"dictionaries holds Dictionary objects, not {type(dictionary).__name__}")
 
     @property
     def code_bits(self) -> int:

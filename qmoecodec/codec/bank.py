@@ -12,8 +12,9 @@ from typing import Final, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from qmoecodec.codec.rows import check_digits, encode_rows
-from qmoecodec.types import CODE_BITS, MAX_DICTIONARIES, Dictionary, Int8Array
+from qmoecodec.codec.arguments import check_code_bits, check_dictionary, check_digits
+from qmoecodec.codec.rows import encode_rows
+from qmoecodec.types import MAX_DICTIONARIES, Dictionary, Int8Array
 
 CodeBits = Literal["auto", 8, 12, 16]
 DictionaryChoice = Literal["auto", "qmoe-2023"]
@@ -96,8 +97,7 @@ class BankPlanner:
     def __init__(self, dictionary: DictionaryChoice = "auto", code_bits: CodeBits = "auto") -> None:
         if dictionary not in ("auto", "qmoe-2023"):
             raise ValueError(f"no dictionary {dictionary!r}: it is 'auto' or 'qmoe-2023'")
-        if code_bits != "auto" and code_bits not in CODE_BITS:
-            raise ValueError(f"code_bits is 'auto' or one of {CODE_BITS}, not {code_bits!r}")
+        code_bits = check_code_bits(code_bits)
         if dictionary == "qmoe-2023" and code_bits not in ("auto", 16):
             raise ValueError("the table of qmoe-2023 has 16-bit codewords")
         self._dictionary = dictionary
@@ -116,7 +116,7 @@ class BankPlanner:
         if self._dictionary != "auto" or not digits.size:
             return
         if self._n_seen % self._stride == 0:
-            sample = check_digits(sample_rows(digits, n_digits=SAMPLE_DIGITS))
+            sample = check_digits(sample_rows(digits, n_digits=SAMPLE_DIGITS), 2)
             counts = np.array([(sample == value).sum() for value in (0, -1, 1)], np.int64)
             self._samples.append(_Sample(sample, digits.size, design_of(counts)))
             if len(self._samples) > MAX_SAMPLES:
@@ -173,6 +173,26 @@ class BankPlanner:
             chosen.append(k)
         assert total is not None
         return [designs[k] for k in sorted(chosen)], total
+
+
+def given_bank(dictionary: Dictionary | Sequence[Dictionary], code_bits: CodeBits) -> tuple[Dictionary, ...]:
+    """Return the bank that a caller brings, as a tuple.
+
+    Raises TypeError for what is no dictionary; ValueError for too many, none, or other code bits than asked for.
+    """
+    if not isinstance(dictionary, (Dictionary, Sequence)):
+        raise TypeError(f"dictionary is a string, a Dictionary or a sequence of them, not {type(dictionary).__name__}")
+    bank = (dictionary,) if isinstance(dictionary, Dictionary) else tuple(dictionary)
+    for one in bank:
+        check_dictionary(one)
+    if not 1 <= len(bank) <= MAX_DICTIONARIES:
+        raise ValueError(f"a bank holds 1 to {MAX_DICTIONARIES} dictionaries, not {len(bank)}")
+    bits = {d.code_bits for d in bank}
+    if len(bits) > 1:
+        raise ValueError(f"the dictionaries of a bank have one number of code bits, not {sorted(bits)}")
+    if check_code_bits(code_bits) not in ("auto", *bits):
+        raise ValueError(f"the dictionary has {bank[0].code_bits}-bit codewords; code_bits is {code_bits}")
+    return bank
 
 
 def cheapest(digits: Int8Array, bank: Sequence[Dictionary]) -> int:

@@ -8,23 +8,22 @@ import numpy as np
 import numpy.typing as npt
 
 from qmoecodec import reference
+from qmoecodec.codec.arguments import (
+    check_backend,
+    check_dictionary,
+    check_digits,
+    check_integer,
+    check_out,
+    check_rows,
+    to_float32,
+)
 from qmoecodec.errors import EncodeError, FormatError
-from qmoecodec.types import AnyArray, Dictionary, Int8Array, UInt8Array, UInt32Array
+from qmoecodec.types import Dictionary, Int8Array, UInt8Array, UInt32Array
 
 RowBackend = Literal["numba", "reference"]
 
 _DIGIT_OF_VALUE = {0: 0, -1: 1, 1: 2}
 _VALUE_OF_DIGIT = (0, -1, 1)
-
-
-def check_digits(digits: AnyArray) -> Int8Array:
-    """Return digits as a C-contiguous int8 array after checking that all are -1, 0 or 1."""
-    if digits.dtype != np.int8:
-        raise TypeError(f"digits are int8 values -1, 0, 1, not {digits.dtype}")
-    if digits.size and (int(digits.min()) < -1 or int(digits.max()) > 1):
-        bad = np.argwhere((digits < -1) | (digits > 1))[0]
-        raise ValueError(f"digit {int(digits[tuple(bad)])} at {tuple(int(i) for i in bad)} is not -1, 0 or 1")
-    return np.ascontiguousarray(digits)
 
 
 def encode_rows(
@@ -36,9 +35,9 @@ def encode_rows(
     Returns codes uint8[n_bytes] and row_lengths uint32[rows], counted in codewords.
     Raises EncodeError where a table has no phrase for a row; ValueError, TypeError for other values.
     """
-    if digits.ndim != 2:
-        raise ValueError(f"rows are a two-dimensional array, not {digits.shape}")
-    digits = check_digits(digits)
+    check_dictionary(dictionary)
+    check_backend(backend)
+    digits = check_digits(digits, 2)
     rows, cols = digits.shape
     row_lengths = np.zeros(rows, np.uint32)
     if not digits.size:
@@ -112,10 +111,16 @@ def decode_rows(
 
     codes : uint8[n_bytes]    codewords of all rows, each row from a new byte on
     row_lengths : uint32[rows]    counted in codewords, not bytes
-    out : int8[rows, cols]    written and returned where given
+    out : int8[rows, cols]    written and returned where given; C-contiguous
     Returns int8[rows, cols], values -1, 0, 1.
-    Raises FormatError: row_lengths, row_padding, unused_codeword, row_overrun, row_underrun, overrun_nonzero.
+    Raises FormatError: row_lengths, row_padding, unused_codeword, row_overrun, row_underrun, overrun_nonzero;
+    TypeError, ValueError for a caller's mistakes.
     """
+    codes, row_lengths = check_rows(codes, row_lengths, dictionary)
+    cols = check_integer(cols, "cols", least=0)
+    check_backend(backend)
+    if out is not None:
+        check_out(out, (len(row_lengths), cols))
     starts = starts_of_rows(len(codes), row_lengths, cols=cols, dictionary=dictionary)
     return decode_checked(codes, starts, row_lengths, cols=cols, dictionary=dictionary, backend=backend, out=out)
 
@@ -168,11 +173,16 @@ def count_digits(
 ) -> npt.NDArray[np.int64]:
     """Count the digits 0, -, + of rows from their codewords, without decoding them.
 
+    rows : len(row_lengths)
     Returns int64[3]. The rows are trusted to be well formed beyond what the counts themselves show.
-    Raises FormatError: row_lengths, row_underrun, row_padding, unused_codeword.
+    Raises FormatError: row_lengths, row_underrun, row_padding, unused_codeword; TypeError, ValueError for a caller's mistakes.
     """
     from qmoecodec._kernels import decode, tables  # loads Numba
 
+    codes, row_lengths = check_rows(codes, row_lengths, dictionary)
+    cols = check_integer(cols, "cols", least=0)
+    if check_integer(rows, "rows") != len(row_lengths):
+        raise ValueError(f"rows is {rows}, but there are {len(row_lengths)} row_lengths")
     starts = starts_of_rows(len(codes), row_lengths, cols=cols, dictionary=dictionary)
     t = tables.decode_tables(dictionary)
     histogram = np.zeros(len(t.lengths), np.int64)
@@ -202,12 +212,17 @@ def matvec_rows(
     levels : float32[rows, 2]    low and high level of each row
     x : float32[cols]
     Returns float32[rows], accumulated in float32.
-    Raises FormatError like `decode_rows`.
+    Raises FormatError like `decode_rows`; TypeError, ValueError for a caller's mistakes.
     """
     from qmoecodec._kernels import decode, tables  # loads Numba
 
-    x = np.ascontiguousarray(x, np.float32)
-    levels = np.ascontiguousarray(levels, np.float32)
+    codes, row_lengths = check_rows(codes, row_lengths, dictionary)
+    x, levels = to_float32(x, "x"), to_float32(levels, "levels")
+    if x.ndim != 1:
+        raise ValueError(f"x has one dimension, not the shape {x.shape}")
+    if levels.shape != (len(row_lengths), 2):
+        raise ValueError(f"levels have the shape {levels.shape}, not {(len(row_lengths), 2)}")
+    x, levels = np.ascontiguousarray(x), np.ascontiguousarray(levels)
     cols = len(x)
     starts = starts_of_rows(len(codes), row_lengths, cols=cols, dictionary=dictionary)
     t = tables.decode_tables(dictionary)

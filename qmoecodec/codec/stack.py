@@ -10,17 +10,18 @@ from typing import TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from qmoecodec.codec.bank import BankPlanner, CodeBits, DictionaryChoice, cheapest
-from qmoecodec.codec.rows import RowBackend, check_digits, decode_rows, encode_rows, matvec_rows
+from qmoecodec.codec.arguments import check_backend, check_digits, check_encoded, check_integer, check_threads, to_float32
+from qmoecodec.codec.bank import BankPlanner, CodeBits, DictionaryChoice, cheapest, given_bank
+from qmoecodec.codec.rows import RowBackend, decode_rows, encode_rows, matvec_rows
 from qmoecodec.errors import FormatError
-from qmoecodec.types import MAX_DICTIONARIES, Dictionary, Encoded, Int8Array, UInt8Array, UInt32Array
+from qmoecodec.types import Dictionary, Encoded, Int8Array, UInt8Array, UInt32Array
 
 _T = TypeVar("_T")
 
 
 def _map(work: Callable[[int], _T], items: Iterable[int], threads: int | None) -> list[_T]:
     numbers = list(items)
-    n = min(threads or os.cpu_count() or 1, len(numbers))
+    n = min(check_threads(threads) or os.cpu_count() or 1, len(numbers))
     if n <= 1:
         return [work(i) for i in numbers]
     with ThreadPoolExecutor(n) as pool:
@@ -35,13 +36,7 @@ def _bank(
         for expert in experts:
             planner.add(expert)
         return planner.choose()
-    bank = (dictionary,) if isinstance(dictionary, Dictionary) else tuple(dictionary)
-    if not 1 <= len(bank) <= MAX_DICTIONARIES:
-        raise ValueError(f"a bank holds 1 to {MAX_DICTIONARIES} dictionaries, not {len(bank)}")
-    bits = {d.code_bits for d in bank}
-    if len(bits) > 1 or code_bits not in ("auto", *bits):
-        raise ValueError(f"the dictionaries have {sorted(bits)}-bit codewords; code_bits is {code_bits}")
-    return bank
+    return given_bank(dictionary, code_bits)
 
 
 def encode(
@@ -65,9 +60,9 @@ def encode(
     >>> bool((q.decode(q.encode(digits)) == digits).all())
     True
     """
-    if digits.ndim not in (2, 3):
-        raise ValueError(f"digits have the shape [experts, rows, cols] or [rows, cols], not {digits.shape}")
-    experts = check_digits(digits if digits.ndim == 3 else digits[None])
+    digits = check_digits(digits, 2, 3)
+    experts = digits if digits.ndim == 3 else digits[None]
+    check_threads(threads)
     bank = _bank(experts, dictionary, code_bits)
 
     def one(e: int) -> tuple[int, UInt8Array, UInt32Array]:
@@ -101,7 +96,7 @@ def _expert(encoded: Encoded, e: int) -> tuple[UInt8Array, UInt32Array, Dictiona
 
 
 def _index(encoded: Encoded, expert: int) -> int:
-    n = encoded.shape[0]
+    n, expert = encoded.shape[0], check_integer(expert, "expert")
     if not -n <= expert < n:
         raise IndexError(f"expert {expert} of {n}")
     return expert % n
@@ -113,8 +108,13 @@ def decode(
     """Decode a stack, or one expert of it (spec §5.2).
 
     Returns int8[experts, rows, cols], or int8[rows, cols] for one expert or what was encoded from a matrix.
-    Raises FormatError: code_offsets, dictionary_index, and as `decode_rows`, with the expert and row.
+    expert : decode this expert alone; negative numbers count from the end
+    Raises FormatError: code_offsets, dictionary_index, and as `decode_rows`, with the expert and row; IndexError for an
+    expert that is not there; TypeError, ValueError for a caller's other mistakes.
     """
+    check_encoded(encoded)
+    check_threads(threads)
+    check_backend(backend)
     n_experts, rows, cols = encoded.shape
 
     def one(e: int, out: Int8Array | None = None) -> Int8Array:
@@ -147,17 +147,18 @@ def matvec(
 ) -> npt.NDArray[np.float32]:
     """Multiply compressed experts with vectors, without storing a decoded matrix; accumulates in float32.
 
-    levels : float32[experts, rows, 2]    low and high level of each row (any float dtype is converted);
-        float32[rows, 2] will do for one expert or an encoded matrix
+    levels : float32[experts, rows, 2]    low and high level of each row (any float dtype is converted, but BF16 is not
+        taken as bits: see `Group.levels_as`); float32[rows, 2] will do for one expert or an encoded matrix
     x : float32[cols] for all, or float32[experts, cols]
     expert : multiply this expert alone
     Returns float32[experts, rows], or float32[rows] for one expert or what was encoded from a matrix.
-    Raises FormatError like `decode`; ValueError where shapes do not fit.
+    Raises FormatError and IndexError like `decode`; ValueError where shapes do not fit, TypeError for other dtypes.
     """
+    check_encoded(encoded)
+    check_threads(threads)
     n_experts, rows, cols = encoded.shape
-    single = 0 if encoded.is_matrix else None if expert is None else _index(encoded, expert)
-    levels = np.asarray(levels, np.float32)
-    x = np.asarray(x, np.float32)
+    single = _index(encoded, expert) if expert is not None else 0 if encoded.is_matrix else None
+    levels, x = to_float32(levels, "levels"), to_float32(x, "x")
     if levels.shape == (rows, 2) and single is not None:
         levels = np.broadcast_to(levels, (n_experts, rows, 2))
     if levels.shape != (n_experts, rows, 2):

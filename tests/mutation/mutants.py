@@ -28,7 +28,7 @@ SCOPE: dict[str, tuple[str, ...]] = {
     "qmoecodec/container/packed.py": (),
     "qmoecodec/container/verify.py": (),
     "qmoecodec/container/unpack.py": (),
-    "qmoecodec/codec/rows.py": ("check_digits", "encode_rows"),
+    "qmoecodec/codec/rows.py": ("encode_rows",),
     "qmoecodec/codec/stack.py": ("_bank", "encode"),
     "qmoecodec/dictionary/serial.py": ("pack_two_bits", "table_from_phrases", "aivf_from_symbols"),
     "qmoecodec/_kernels/decode.py": (),

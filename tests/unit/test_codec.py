@@ -108,7 +108,7 @@ def test_callers_mistakes() -> None:
     digits = np.zeros((2, 2), np.int8)
     with pytest.raises(TypeError, match="int8"):
         q.encode(digits.astype(np.int16))
-    with pytest.raises(ValueError, match=r"digit 2 at \(0, 1, 0\)"):
+    with pytest.raises(ValueError, match=r"digit 2 at \(1, 0\)"):
         q.encode(np.array([[0, 0], [2, 0]], np.int8))
     with pytest.raises(ValueError, match="shape"):
         q.encode(np.zeros(3, np.int8))
