@@ -70,6 +70,15 @@ REASONS: Final[dict[str, str]] = {
 }
 
 
+def printable(text: str) -> str:
+    r"""Escape what a terminal would obey or cannot show: a file chooses its names, so they may hold anything.
+
+    >>> print(printable("a\x1b[31m.weight"))
+    a\x1b[31m.weight
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class QMoEError(Exception):
     """Root of all errors that this project raises on purpose."""
 
@@ -93,9 +102,17 @@ class FormatError(QMoEError, ValueError):
         place = ", ".join(f"{k} {v}" for k, v in self.where.items())
         super().__init__(f"[{reason}] {self.message}" + (f" ({place})" if place else ""))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle the parts, for `args` holds the finished text: workers of a process pool raise this too."""
+        return _restore, (self.reason, self.message, self.where)
+
     def at(self, **where: object) -> FormatError:
         """Return the same error with more of its place known (outer places first)."""
         return FormatError(self.reason, self.message, **{**where, **self.where})
+
+
+def _restore(reason: str, message: str, where: dict[str, object]) -> FormatError:
+    return FormatError(reason, message, **where)
 
 
 class EncodeError(QMoEError, ValueError):

@@ -15,8 +15,8 @@ from qmoecodec.container.header import DTYPE_SIZES
 from qmoecodec.container.naming import ROLES, reason_not_a_candidate, role_name
 from qmoecodec.container.packed import PackedFile
 from qmoecodec.container.reader import File, Group
-from qmoecodec.container.ternary import BITS_TYPE, split_rows
-from qmoecodec.errors import FormatError
+from qmoecodec.container.ternary import BITS_TYPE, split_rows, why_not_ternary
+from qmoecodec.errors import FormatError, printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -167,9 +167,10 @@ def _reason_by_value(file: PackedFile, name: str) -> str:
         bad_row = split_rows(bits, dtype=info.dtype)[2]
         if bad_row >= 0:
             row = at // row_bytes + bad_row
+            why = why_not_ternary(bits[bad_row : bad_row + 1], dtype=info.dtype)
             if len(info.shape) == 3:
-                return f"not ternary: expert {row // info.shape[1]}, row {row % info.shape[1]}"
-            return f"not ternary: row {row}"
+                return f"{why}: expert {row // info.shape[1]}, row {row % info.shape[1]}"
+            return f"{why}: row {row}"
     return "ternary, but not smaller when packed"
 
 
@@ -183,14 +184,14 @@ def render(report: dict[str, Any]) -> RenderableType:
     from rich.table import Table
 
     totals = report["totals"]
-    table = Table(title=f"{report['path']}  (format {report['format_version']})", title_justify="left")
+    table = Table(title=f"{printable(report['path'])}  (format {report['format_version']})", title_justify="left")
     table.add_column("group", overflow="fold")
     for column in ("shape", "dtype", "zeros", "entropy", "payload", "total", "ratio", "dictionary"):
         table.add_column(column, justify="right", no_wrap=column != "dictionary")
     for g in report["groups"]:
         bank = ", ".join(f"{i} ({n})" if len(g["dictionaries"]) > 1 else i for i, n in g["dictionaries"].items())
         table.add_row(
-            g["name"],
+            printable(g["name"]),
             " x ".join(map(str, g["shape"])),
             g["dtype"],
             _number(g["zeros"]),

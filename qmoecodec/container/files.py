@@ -81,12 +81,15 @@ def new_file(path: pathlib.Path) -> Iterator[int]:
 def atomic_file(path: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.Path]:
     """Yield a temporary name to create; it takes the place of `path` at the end, or leaves no trace on failure.
 
-    Raises FileExistsError where `path` exists and may not be overwritten, or is a directory.
+    A symbolic link is replaced, not what it points to.
+    Raises FileExistsError where `path` exists and may not be overwritten, or is no regular file.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is not a directory")
     if path.is_dir():
         raise FileExistsError(f"{path} is a directory")
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is a device, pipe or socket; it is left alone")
     if not overwrite and path.exists():
         raise FileExistsError(f"{path} exists")
     temporary = _temporary_name(path)

@@ -14,13 +14,14 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 
 from qmoecodec import codec
+from qmoecodec.codec.arguments import check_integer, check_threads
 from qmoecodec.container.files import Chunk, atomic_directory, atomic_file, read_chunks, write_at
 from qmoecodec.container.metadata import GroupInfo, to_ranges
 from qmoecodec.container.naming import Candidate, find_candidates, name_groups, role_name
 from qmoecodec.container.packed import role_shapes
 from qmoecodec.container.shards import finish_shards
 from qmoecodec.container.source import Source, SourceTensor, check_apart, copy_other_files
-from qmoecodec.container.ternary import BITS_TYPE, split_rows
+from qmoecodec.container.ternary import BITS_TYPE, split_rows, why_not_ternary
 from qmoecodec.container.writer import Piece, write_packed
 from qmoecodec.errors import EncodeError, FormatError
 from qmoecodec.types import AnyArray, Dictionary, Encoded, Int8Array
@@ -119,10 +120,12 @@ def pack(
     dictionary, code_bits : as for `encode`; a sequence of dictionaries is used as the bank
     max_shard_size : bytes of one file of a directory; a group is never split
     progress : called with stage, bytes done, bytes in all
-    Raises FormatError for a source that is not valid safetensors; ValueError for a source that is packed already;
-    OSError.
+    Raises FormatError for a source that is not valid safetensors; ValueError for a source that is packed already, and,
+    like TypeError, for a caller's mistakes; OSError.
     """
     source_path, target = pathlib.Path(src), pathlib.Path(dst)
+    check_integer(max_shard_size, "max_shard_size", least=1)
+    check_threads(threads)
     check_apart(source_path, target)
     with Source(source_path) as source:
         to_directory = source_path.is_dir() and target.suffix != ".safetensors"
@@ -148,8 +151,24 @@ def pack(
         writer.n_file_bytes,
         tuple(writer.packed),
         tuple(sorted(writer.passed, key=lambda t: t.name)),
-        tuple(source.notes),
+        tuple(source.notes + _notes(source, writer.passed)),
     )
+
+
+def _notes(source: Source, passed: Sequence[PassedTensor]) -> list[str]:
+    """Say what a caller may have expected to be packed, or to come back, and is not."""
+    notes = []
+    n_minus_zero = sum(t.reason.startswith("ternary but for -0") for t in passed)
+    if n_minus_zero:
+        what = "tensor is" if n_minus_zero == 1 else "tensors are"
+        notes.append(f"{n_minus_zero} {what} ternary but for -0, which no digit stands for; adding 0.0 makes it +0")
+    n_files, n_bytes = len(source.shards.files), sum(t.n_bytes for t in source.tensors.values())
+    if n_files > 1 or (source.path.is_dir() and n_bytes > MAX_SHARD_SIZE):
+        files = f"{n_files} files" if n_files > 1 else "one file"
+        notes.append(f"the weights are in {files}; unpack restores every tensor, but divides them by its own shard size")
+    elif not source.is_usual:
+        notes.append("the file is not laid out as the safetensors library does; unpack restores every tensor in that layout")
+    return notes
 
 
 @dataclass(slots=True)
@@ -187,9 +206,7 @@ def _scan(source: Source, dictionary: DictionaryChoice, code_bits: CodeBits, met
     if isinstance(dictionary, str):
         planner = codec.BankPlanner(dictionary=dictionary, code_bits=code_bits)
     else:
-        found.bank = (dictionary,) if isinstance(dictionary, Dictionary) else tuple(dictionary)
-        if len({d.code_bits for d in found.bank}) != 1:
-            raise ValueError("the dictionaries of a bank have one number of code bits")
+        found.bank = codec.given_bank(dictionary, code_bits)
     candidates, found.passthrough = find_candidates({n: (t.dtype, t.shape) for n, t in source.tensors.items()})
     for name in found.passthrough:
         meter.advance(source.tensors[name].n_bytes)
@@ -203,7 +220,8 @@ def _scan(source: Source, dictionary: DictionaryChoice, code_bits: CodeBits, met
                 digits, _, bad_row = _read_expert(source, tensor, expert, rows, cols)
                 if bad_row >= 0:
                     place = f"expert {expert}, row {bad_row}" if candidate.layout == "fused" else f"row {bad_row}"
-                    found.passthrough[name] = f"not ternary: {place}"
+                    row = source.read_bits(tensor, (expert * rows + bad_row) * cols, (1, cols))
+                    found.passthrough[name] = f"{why_not_ternary(row, dtype=tensor.dtype)}: {place}"
                     break
                 if planner is not None:
                     planner.add(digits)

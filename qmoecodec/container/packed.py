@@ -134,6 +134,7 @@ class PackedFile:
     def __init__(self, path: pathlib.Path, *, mapped: bool) -> None:
         self.path = path
         self._map: mmap.mmap | None = None
+        self.fd = -1
         self.fd = os.open(path, os.O_RDONLY)
         try:
             self.n_file = os.fstat(self.fd).st_size
@@ -170,6 +171,9 @@ class PackedFile:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    def __del__(self) -> None:
+        self.close()
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> Chunk:
         """Return bytes begin..end of a tensor: a view of the memory map, or a copy.

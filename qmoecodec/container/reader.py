@@ -15,7 +15,7 @@ from qmoecodec.codec.rows import decode_checked
 from qmoecodec.container.metadata import GroupInfo
 from qmoecodec.container.packed import ExpertData, GroupData, PackedFile, add_name
 from qmoecodec.container.shards import find_shards
-from qmoecodec.container.ternary import NUMPY_TYPE, check_zero_levels, fill_rows, to_float
+from qmoecodec.container.ternary import BITS_TYPE, NUMPY_TYPE, check_zero_levels, fill_rows, to_float
 from qmoecodec.errors import FormatError
 from qmoecodec.types import AnyArray, Dictionary, Encoded, Int8Array, UInt8Array, UInt32Array
 
@@ -236,8 +236,12 @@ class Group:
             out[e] = self.expert(e).levels
         return out
 
+    def levels_as(self, dtype: Any) -> AnyArray:
+        """Return the levels as numbers of a numpy float type: dtype[experts, rows, 2], as `matvec` takes them."""
+        return to_float(self.levels.view(BITS_TYPE[self.dtype]), dtype=self.dtype, to=dtype)
+
     def encoded(self) -> Encoded:
-        """Return the group as `codec.encode` made it; each expert is checked, none is decoded."""
+        """Return the group as `encode` made it; each expert is checked, none is decoded."""
         data = self.data
         experts = [self.expert(e) for e in range(len(self))]
         row_lengths = np.empty(self.shape[:2], np.uint32)
@@ -309,7 +313,7 @@ class Expert:
         return self._parts.levels.view(NUMPY_TYPE[self._group.info.dtype])
 
     def levels_as(self, dtype: Any) -> AnyArray:
-        """Return the levels as numbers of a numpy type: dtype[rows, 2]."""
+        """Return the levels as numbers of a numpy float type: dtype[rows, 2]."""
         return to_float(self._parts.levels, dtype=self._group.info.dtype, to=dtype)
 
     def decode(self) -> Int8Array:
@@ -328,7 +332,7 @@ class Expert:
     def dense(self, dtype: Any = None) -> AnyArray:
         """Restore the numbers, [rows, cols] (spec §6.3); raises as `decode`.
 
-        dtype : a numpy type to convert to; None for the group's own, bit for bit (BF16 as uint16 bits)
+        dtype : a numpy float type to convert to; None for the group's own, bit for bit (BF16 as uint16 bits)
         """
         name = self._group.info.dtype
         bits = fill_rows(self.decode(), self._parts.levels)

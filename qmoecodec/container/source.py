@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from types import TracebackType
 import numpy as np
 
 from qmoecodec.container.files import copy_file, read_at, read_chunks
-from qmoecodec.container.header import read_header
+from qmoecodec.container.header import header_bytes, lay_out, read_header
 from qmoecodec.container.metadata import METADATA_KEY, RESERVED_PREFIX
 from qmoecodec.container.shards import INDEX_NAME, OUTPUT_NAME, find_shards, is_inside
 from qmoecodec.container.ternary import BITS_TYPE
@@ -39,6 +40,7 @@ class Source:
     tensors : name -> tensor
     metadata : `__metadata__` of all files; None where no file has one
     notes : what could not be kept
+    is_usual : whether it is one file, laid out as the safetensors library does; such a file comes back byte for byte
     """
 
     def __init__(self, path: pathlib.Path) -> None:
@@ -48,6 +50,7 @@ class Source:
         self.metadata: dict[str, str] | None = None
         self.notes: list[str] = []
         self.n_file_bytes = 0
+        self.is_usual = False
         self._fds: list[int] = []
         try:
             for file in self.shards.files:
@@ -73,6 +76,10 @@ class Source:
             for key, value in metadata.items():
                 if kept.setdefault(key, value) != value:
                     self.notes.append(f"__metadata__ entry {key!r} differs between files; the first is kept")
+        if len(self.shards.files) == 1:
+            with contextlib.suppress(ValueError):  # it would be too long
+                usual = header_bytes(lay_out((n, t.dtype, t.shape) for n, t in header.tensors.items()), metadata)
+                self.is_usual = usual == os.pread(fd, len(usual), 0)
         for name, info in header.tensors.items():
             if name in self.tensors:
                 raise FormatError("source_conflict", "two files hold the tensor", tensor=name)

@@ -47,6 +47,18 @@ def split_rows(bits: AnyArray, *, dtype: str) -> tuple[Int8Array, AnyArray, int]
     return digits, levels, int(bad_row)
 
 
+def why_not_ternary(row: AnyArray, *, dtype: str) -> str:
+    """Say what kind of row one that is not ternary is: -0 among the zeros is common and easily put right.
+
+    row : uint[1, cols]    bits
+
+    >>> why_not_ternary(np.array([[0.5, -0.0, 0]], np.float16).view(np.uint16), dtype="F16")
+    'ternary but for -0'
+    """
+    without = np.where(row == sign_bit(dtype), row.dtype.type(0), row)
+    return "ternary but for -0" if split_rows(without, dtype=dtype)[2] < 0 else "not ternary"
+
+
 def fill_rows(digits: Int8Array, levels: AnyArray) -> AnyArray:
     """Write dense rows: the inverse of `split_rows`.
 
@@ -63,9 +75,13 @@ def fill_rows(digits: Int8Array, levels: AnyArray) -> AnyArray:
 def to_float(bits: AnyArray, *, dtype: str, to: Any) -> AnyArray:
     """Convert the bits of a float dtype to numbers of the numpy type `to`.
 
+    Raises TypeError where `to` is no float type: integers would make 0 of most levels.
+
     >>> to_float(np.array([0x3F80], np.uint16), dtype="BF16", to=np.float32).tolist()
     [1.0]
     """
+    if to is None or "float" not in np.dtype(to).name:  # also bfloat16 and the like of the package ml_dtypes
+        raise TypeError(f"dtype is a numpy float type, not {to!r}")
     if dtype == "BF16":
         bits, dtype = bits.astype(np.uint32) << np.uint32(16), "F32"
     numbers: AnyArray = bits.view(NUMPY_TYPE[dtype]).astype(to)

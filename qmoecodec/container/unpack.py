@@ -12,6 +12,7 @@ from typing import Final
 
 import numpy as np
 
+from qmoecodec.codec.arguments import check_integer
 from qmoecodec.container.files import Chunk, atomic_directory, atomic_file
 from qmoecodec.container.metadata import GroupInfo
 from qmoecodec.container.pack import MAX_SHARD_SIZE, Meter, Progress
@@ -61,6 +62,7 @@ def unpack(
     Raises FormatError where the source breaks the specification, the first reason in the order of spec §9; OSError.
     """
     source_path, target = pathlib.Path(src), pathlib.Path(dst)
+    check_integer(max_shard_size, "max_shard_size", least=1)
     check_apart(source_path, target)
     with File(source_path, mapped=False) as source:
         to_directory = source_path.is_dir() and target.suffix != ".safetensors"

@@ -141,7 +141,10 @@ def test_special_values_are_kept(tmp_path: pathlib.Path) -> None:
         "extreme_levels", "both_negative", "both_positive", "all_zero", "only_negative", "constant",
     }  # fmt: skip
     reasons = {t.name: t.reason for t in report.passthrough}
-    assert {n: reasons[n] for n in cases} == {n: f"not ternary: row {row}" for n, (row, _) in cases.items()}
+    assert {n: reasons[n] for n in cases} == {
+        n: f"{'ternary but for -0' if n == 'negative_zero' else 'not ternary'}: row {row}" for n, (row, _) in cases.items()
+    }
+    assert reasons["bf16_minus_zero"] == "ternary but for -0: row 1"
     assert reasons["f8"] == "dtype F8_E4M3"
     unpack(packed, again)
     assert read_raw(again) == tensors
