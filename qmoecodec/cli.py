@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import io
 import json
 import re
 import sys
@@ -14,7 +15,7 @@ from typing import Any, Final, TypeVar, cast
 
 import click
 
-from qmoecodec.errors import FormatError, MissingExtraError, QMoEError
+from qmoecodec.errors import FormatError, MissingExtraError, QMoEError, printable
 
 SCHEMA: Final = 1
 COMMANDS_GROUP: Final = "qmoecodec.commands"
@@ -33,8 +34,12 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+        return printable(f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror)
+    return printable(" ".join(str(error).split())) or type(error).__name__
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    click.echo(printable(text), err=err)
 
 
 class _Commands(click.Group):
@@ -75,12 +80,15 @@ class _Commands(click.Group):
                 formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):  # the work is done: an encoding that lacks a letter is no error
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
             raise
         except (QMoEError, OSError, ValueError) as error:
-            click.echo(f"error: {_one_line(error)}", err=True)
+            _say(f"error: {_one_line(error)}", err=True)
             if ctx.meta.get(_JSON_KEY):
                 details: dict[str, Any] = {"message": _one_line(error)}
                 if isinstance(error, FormatError):
@@ -144,8 +152,15 @@ def main() -> None:
     """
 
 
+def _check_output(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+    if value in ("", "-"):
+        raise click.BadParameter("name a file or directory; standard output will not do, for the header is written last")
+    return value
+
+
 _source = click.argument("source", metavar="IN", type=click.Path(exists=True))
-_output = click.option("-o", "--output", required=True, type=click.Path(), help="File or directory to write.")
+_output = click.option("-o", "--output", required=True, type=click.Path(), callback=_check_output,
+                       help="File or directory to write.")  # fmt: skip
 _shard_size = click.option("--max-shard-size", type=ByteSize(), default="5GB", show_default=True,
                            help="Size of one file of a directory.")  # fmt: skip
 _overwrite = click.option("--overwrite/--no-overwrite", default=True, show_default=True,
@@ -179,20 +194,20 @@ def pack(source: str, output: str, code_bits: str, dictionary: str, threads: int
         report = container.pack(source, output, dictionary=choice, code_bits=bits, max_shard_size=max_shard_size,
                                 threads=threads, progress=progress, overwrite=overwrite)  # fmt: skip
     for note in report.notes:
-        click.echo(f"note: {note}", err=True)
+        _say(f"note: {note}", err=True)
     if not report.groups:
-        click.echo("note: no ternary matrix was found", err=True)
+        _say("note: no ternary matrix was found", err=True)
     if as_json:
         _print_json({"output": output, **dataclasses.asdict(report)})
         return
     n_weights = sum(g.shape[0] * g.shape[1] * g.shape[2] for g in report.groups)
     n_bytes = sum(g.n_bytes for g in report.groups)
     bits_text = f", {8 * n_bytes / n_weights:.4f} bits per weight with row metadata" if n_weights else ""
-    click.echo(f"{output}: {report.n_source_bytes:,} -> {report.n_packed_bytes:,} bytes")
+    _say(f"{output}: {report.n_source_bytes:,} -> {report.n_packed_bytes:,} bytes")
     n_experts = sum(g.shape[0] for g in report.groups)
-    click.echo(f"{len(report.groups)} groups of {n_experts} experts, {n_weights:,} weights{bits_text}")
+    _say(f"{len(report.groups)} groups of {n_experts} experts, {n_weights:,} weights{bits_text}")
     for kind, n in sorted(Counter(t.reason.split(":")[0] for t in report.passthrough).items()):
-        click.echo(f"{n} tensors stored as they are: {kind}")
+        _say(f"{n} tensors stored as they are: {kind}")
 
 
 @main.command()
@@ -208,11 +223,11 @@ def unpack(source: str, output: str, max_shard_size: int, overwrite: bool, as_js
     with _progress() as progress:
         report = container.unpack(source, output, max_shard_size=max_shard_size, progress=progress, overwrite=overwrite)
     for note in report.notes:
-        click.echo(f"note: {note}", err=True)
+        _say(f"note: {note}", err=True)
     if as_json:
         _print_json({"output": output, **dataclasses.asdict(report)})
         return
-    click.echo(f"{output}: {report.n_packed_bytes:,} -> {report.n_dense_bytes:,} bytes, {report.n_tensors} tensors")
+    _say(f"{output}: {report.n_packed_bytes:,} -> {report.n_dense_bytes:,} bytes, {report.n_tensors} tensors")
 
 
 @main.command()
@@ -246,10 +261,10 @@ def verify(ctx: click.Context, source: str, deep: bool, as_json: bool) -> None:
         _print_json({"ok": report.ok, **dataclasses.asdict(report)})
     else:
         for problem in report.problems:
-            click.echo(problem.message)
+            _say(problem.message)
         checked = f"{report.n_groups} groups, {report.n_experts} experts, {report.n_tensors} other tensors"
         n = len(report.problems)
         result = "fine" if report.ok else "1 problem" if n == 1 else f"{n} problems"
-        click.echo(f"{source}: {result} ({checked} checked)")
+        _say(f"{source}: {result} ({checked} checked)")
     if not report.ok:
         ctx.exit(3)

@@ -208,10 +208,91 @@ def test_usage_errors(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
         ("pack", model, "-o", tmp_path / "x", "--max-shard-size", "0"),
         ("pack", model, "-o", tmp_path / "x", "--max-shard-size", "5 apples"),
         ("pack", model, "-o", tmp_path / "x", "--threads", "0"),
+        ("pack", model, "-o", "-"),
+        ("unpack", model, "-o", ""),
         ("frobnicate",),
     ):
         assert call(*arguments).exit_code == 2, arguments
     assert not (tmp_path / "x").exists()
+
+
+def test_devices_and_pipes_are_left_alone(model: pathlib.Path, packed: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Renaming over /dev/null, which root may, would make a plain file of it."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to("/dev/null")
+    for target in (tmp_path / "pipe", tmp_path / "null"):
+        for arguments in (("pack", model), ("unpack", packed)):
+            result = call(*arguments, "-o", target)
+            assert result.exit_code == 1
+            assert result.stderr == f"error: {target} is a device, pipe or socket; it is left alone\n"
+            assert target.exists() and not target.is_file()
+
+
+def test_names_that_a_terminal_would_obey(tmp_path: pathlib.Path) -> None:
+    name = "a\x1b[31m\n\u202e.experts.0.w"
+    safetensors.numpy.save_file({name: np.eye(40, 60, dtype=np.float32)}, tmp_path / "s")
+    assert call("pack", tmp_path / "s", "-o", tmp_path / "p").exit_code == 0
+    shown = call("inspect", tmp_path / "p").stdout
+    assert r"a\x1b[31m\n\u202e.experts.w" in shown and "\x1b" not in shown
+    data = bytearray((tmp_path / "p").read_bytes())
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    codes = next(entry for key, entry in header.items() if key.endswith("_codes"))
+    data[8 + int.from_bytes(data[:8], "little") + codes["data_offsets"][0]] ^= 1
+    (tmp_path / "p").write_bytes(data)
+    for command in ("verify", "inspect"):
+        result = call(command, tmp_path / "p")
+        assert result.exit_code == {"verify": 3, "inspect": 1}[command]
+        assert r"a\x1b[31m" in result.output and "\x1b" not in result.output
+    document = json.loads(call("verify", tmp_path / "p", "--json").stdout)
+    assert document["problems"][0]["where"]["group"] == name.replace(".0.", ".")
+
+
+def test_minus_zero_is_pointed_out(tmp_path: pathlib.Path) -> None:
+    """Pruned negative weights become -0 in `mask * sign * scale`, which is not what anybody meant to keep."""
+    weights = np.random.default_rng(0).choice([-0.5, 0, 0.5], (40, 60)).astype(np.float32)
+    minus = weights.copy()
+    minus[3, np.flatnonzero(weights[3] == 0)[0]] = -0.0
+    tensors = {"a": minus, "b": np.stack([weights, minus]), "c": weights, "d": np.full((9, 9), np.nan, np.float32)}
+    safetensors.numpy.save_file(tensors, tmp_path / "s")
+    result = call("pack", tmp_path / "s", "-o", tmp_path / "p")
+    assert result.exit_code == 0
+    assert result.stderr == "note: 2 tensors are ternary but for -0, which no digit stands for; adding 0.0 makes it +0\n"
+    assert "2 tensors stored as they are: ternary but for -0" in result.stdout
+    report = json.loads(call("inspect", tmp_path / "p", "--json").stdout)
+    assert {t["name"]: t["reason"] for t in report["passthrough"]} == {
+        "a": "ternary but for -0: row 3",
+        "b": "ternary but for -0: expert 1, row 3",
+        "d": "not ternary: row 0",
+    }
+    safetensors.numpy.save_file({k: v + 0.0 for k, v in tensors.items()}, tmp_path / "s")
+    result = call("pack", tmp_path / "s", "-o", tmp_path / "p")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "3 groups of 4 experts" in result.stdout
+
+
+def test_what_does_not_come_back_byte_for_byte_is_said(tmp_path: pathlib.Path) -> None:
+    """Without a note, `unpack` restores the very files."""
+    weights = np.eye(40, 60, dtype=np.float32)
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder, files in ((one, ["model"]), (two, ["model-1", "model-2"])):
+        folder.mkdir()
+        for i, name in enumerate(files):
+            safetensors.numpy.save_file({f"w{i}": weights, f"x{i}": weights[0]}, folder / f"{name}.safetensors")
+    index = {"weight_map": {f"{c}{i}": f"model-{i + 1}.safetensors" for c in "wx" for i in range(2)}}
+    (two / "model.safetensors.index.json").write_text(json.dumps(index))
+    source = one / "model.safetensors"
+    assert call("pack", source, "-o", tmp_path / "p").stderr == call("pack", one, "-o", tmp_path / "d").stderr == ""
+    result = call("pack", two, "-o", tmp_path / "d")
+    assert result.stderr.startswith("note: the weights are in 2 files; unpack restores every tensor, but divides them")
+    usual = source.read_bytes()
+    n = int.from_bytes(usual[:8], "little")
+    spaced = json.dumps(json.loads(usual[8 : 8 + n])).encode()
+    spaced += b" " * (-len(spaced) % 8)
+    source.write_bytes(len(spaced).to_bytes(8, "little") + spaced + usual[8 + n :])
+    for result in (call("pack", source, "-o", tmp_path / "p"), call("pack", one, "-o", tmp_path / "d")):
+        assert result.stderr.startswith("note: the file is not laid out as the safetensors library does;")
+    assert call("unpack", tmp_path / "p", "-o", tmp_path / "u").exit_code == 0
+    assert (tmp_path / "u").read_bytes() == usual
 
 
 @pytest.mark.parametrize(
@@ -306,6 +387,23 @@ def test_as_a_program(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     assert not (tmp_path / "u.safetensors").exists()
     assert run("pack").returncode == 2
     assert "qmoecodec" in run("--version").stdout
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "qmoecodec", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("python -m qmoecodec, version 0.")
+
+
+def test_letters_that_the_output_cannot_show(packed: pathlib.Path) -> None:
+    """The path is no reason to fail after the work is done."""
+    for name, shown, encoding in (("é.p", r"\xe9.p", "ascii"), (os.fsdecode(b"\xff.p"), r"\udcff.p", "utf-8:strict")):
+        path = packed.with_name(name)
+        path.write_bytes(packed.read_bytes())
+        for command in ("verify", "inspect"):
+            done = run(command, path, env={**os.environ, "PYTHONIOENCODING": encoding})
+            assert (done.returncode, done.stderr) == (0, "")
+            assert shown in done.stdout or name in done.stdout
 
 
 def test_help_loads_neither_numba_nor_rich() -> None:
