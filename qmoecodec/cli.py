@@ -11,7 +11,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import click
 
@@ -42,6 +42,10 @@ def _say(text: str, *, err: bool = False) -> None:
     click.echo(printable(text), err=err)
 
 
+def _missing_extra(module: str) -> str:
+    return f"{module} is not installed: pip install 'qmoecodec[{_EXTRAS[module]}]'"
+
+
 class _Commands(click.Group):
     """The group of commands: turns errors into one line, and finds other packages' commands by entry point."""
 
@@ -61,7 +65,7 @@ class _Commands(click.Group):
         except ImportError as error:
             missing = (error.name or "").split(".")[0]
             if missing in _EXTRAS:
-                hint = f"{missing} is not installed: pip install 'qmoecodec[{_EXTRAS[missing]}]'"
+                hint = _missing_extra(missing)
             elif missing == entry.module.split(".")[0]:
                 hint = f"the package {missing} is not complete in this installation ({_one_line(error)})"
             else:
@@ -87,10 +91,16 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise
-        except (QMoEError, OSError, ValueError) as error:
-            _say(f"error: {_one_line(error)}", err=True)
+        except (QMoEError, OSError, ValueError, MemoryError, ModuleNotFoundError) as error:
+            message = _one_line(error)
+            if isinstance(error, ModuleNotFoundError) and not isinstance(error, MissingExtraError):
+                missing = (error.name or "").split(".")[0]
+                if missing not in _EXTRAS:
+                    raise
+                message = _missing_extra(missing)  # a command that loads it late
+            _say(f"error: {message}", err=True)
             if ctx.meta.get(_JSON_KEY):
-                details: dict[str, Any] = {"message": _one_line(error)}
+                details: dict[str, Any] = {"message": message}
                 if isinstance(error, FormatError):
                     details |= {"reason": error.reason, "where": error.where}
                 _print_json({"error": details})
@@ -112,7 +122,13 @@ def json_option(command: _F) -> _F:
     return click.option("--json", "as_json", is_flag=True, callback=remember, help=text)(command)
 
 
-class ByteSize(click.ParamType[int]):
+if TYPE_CHECKING:
+    _SizeType = click.ParamType[int]
+else:
+    _SizeType = click.ParamType  # not generic before click 8.4
+
+
+class ByteSize(_SizeType):
     """A number of bytes: `5GB`, `500MB`, `4GiB`, `1000000`."""
 
     name = "size"

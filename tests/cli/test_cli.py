@@ -325,8 +325,13 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> None:
         """Say hello."""
         click.echo("hello")
 
+    @click.command()
+    def late() -> None:
+        raise ModuleNotFoundError("No module named 'transformers.models'", name="transformers.models")
+
     known = [
         FakeEntry("greet", greet),
+        FakeEntry("late", late),
         FakeEntry("train", ModuleNotFoundError("No module named 'torch'", name="torch")),
         FakeEntry("gone", ModuleNotFoundError("No module named 'other.cli'", name="other.cli")),
         FakeEntry("broken", ImportError("cannot import name 'x'\nfrom 'y'")),
@@ -348,8 +353,8 @@ def test_commands_of_other_packages() -> None:
     assert result.exit_code == 0
     assert "train" in result.stdout
     assert "Commands of other packages" in result.stdout
-    for name, text in (("train", "pip install 'qmoecodec[torch]'"), ("gone", "not complete"), ("broken", "cannot import"),
-                       ("empty", "no attribute")):  # fmt: skip
+    for name, text in (("train", "pip install 'qmoecodec[torch]'"), ("late", "pip install 'qmoecodec[hf]'"),
+                       ("gone", "not complete"), ("broken", "cannot import"), ("empty", "no attribute")):  # fmt: skip
         result = call(name)
         assert result.exit_code == 1
         assert text in result.stderr
