@@ -46,7 +46,8 @@ COPIED = ("qmoecodec", "tests", "tools", "gpu", "spec", "conformance", "examples
 KERNELS = "qmoecodec/_kernels/"
 #: Vectors that take more than half a second (in step 3), where they are needed, and seconds for one of the others.
 HEAVY = ("valid/tensors-65536", "invalid/json-size", "invalid/text-json-size", "limit/values", "limit/empty-tensors",
-         "invalid/tensors-70000", "invalid/tensors-65537")  # fmt: skip
+         "invalid/tensors-70000", "invalid/tensors-65537", "invalid/json-values-2-20", "invalid/text-values-2-20-and-1",
+         "valid/text-values-2-20")  # fmt: skip
 COUNTING = ("qmoecodec/container/json_text.py", "qmoecodec/container/header.py")
 VECTOR_SECONDS = 3.0
 HEAVY_SECONDS = 40.0

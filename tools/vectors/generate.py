@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "spec")]
 import reference_decoder  # type: ignore[import-not-found, unused-ignore]  # noqa: E402
 
 from vectors import (  # noqa: E402
+    boundaries,
     gaps,
     invalid_files,
     invalid_groups,
@@ -173,6 +174,15 @@ def committed() -> Iterator[Vector]:
         gaps.features,
         gaps.order,
         gaps.directories,
+        boundaries.json_text,
+        boundaries.tensors,
+        boundaries.metadata,
+        boundaries.dictionaries,
+        boundaries.lengths,
+        boundaries.rows,
+        boundaries.groups,
+        boundaries.levels,
+        boundaries.directories,
     ):
         yield from fixed()
 

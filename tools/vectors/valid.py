@@ -138,7 +138,7 @@ def lengths() -> Iterator[Vector]:
         del cols, dtype
         yield plain(
             f"valid/lengths-{name}",
-            f"row lengths: {name}",
+            f"rows of {' and '.join(str(len(book.encode(row))) for row in row_texts)} codewords",
             ["REQ-GRP-010", "REQ-GRP-013"],
             draft_groups,
             [book],
