@@ -126,6 +126,23 @@ def test_the_reasons_are_those_of_the_specification() -> None:
     assert set(re.findall(r"REQ-[A-Z]{3}-[0-9]{3}", text)) <= REQUIREMENTS
 
 
+def test_the_limits_have_vectors_on_both_sides() -> None:
+    """What BOUNDARIES.md names is there, tests what it is said to test, and is told apart from what stands beyond."""
+    requirement, n_rows = "", 0
+    for line in (FOLDER / "BOUNDARIES.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) != 6 or not (cells[1].startswith("REQ-") or (requirement and not cells[1])):
+            continue
+        requirement, n_rows = cells[1] or requirement, n_rows + 1
+        at, beyond = ([BY_ID[name] for name in re.findall(r"`([a-z]+/[^`]+)`", cell)] for cell in cells[3:5])
+        assert requirement in {found for vector in at + beyond for found in vector["reqs"]}, line
+        assert all(requirement in vector["reqs"] for vector in beyond), line
+        outcomes = [{json.dumps(vector["expect"].get("error", vector["expect"].get("deep"))) for vector in side}
+                    for side in (at, beyond)]  # fmt: skip
+        assert outcomes[0].isdisjoint(outcomes[1]), line
+    assert n_rows > 60
+
+
 @pytest.mark.parametrize("kind", ["invalid", "future", "noncanonical", "limit"])
 def test_undoing_the_patch_makes_it_valid(kind: str) -> None:
     """Undo refresh and patch: what is left is the base, a vector that is accepted."""

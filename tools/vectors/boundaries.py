@@ -187,6 +187,8 @@ def tensors() -> Iterator[Vector]:
             ("tensor-product-2-63-of-eight", "shape_overflow", "TEN-007", entry("bias", shape=[2**7, *[2**8] * 7])),
             ("tensor-product-2-63-less-1-wide", "tensor_size", "TEN-007 GEN-001", entry("w_code_offsets", shape=[2**63 - 1])),
             ("tensor-bytes-wrap-wide", "tensor_size", "TEN-006 GEN-001", entry("w_code_offsets", shape=[2**61 + 2])),
+            ("tensor-begin-after-end-by-one", "offset_order", "TEN-005",
+             entry("bias", shape=[0], data_offsets=[inner + 1, inner])),
             ("tensor-empty-beyond-data", "truncated", "TEN-008", empty("U8", end + 1)),
             ("tensor-empty-misaligned", "misaligned", "TEN-009", empty("U64", inner)),
             ("tensor-hole-by-one", "tensor_hole", "TEN-011",
@@ -225,6 +227,7 @@ def metadata() -> Iterator[Vector]:
                                                     f'"x-a":"\\u{ord(character):04x}"')))
             for name, character in characters.items()
         ],
+        ("text-2-63", "json_number", "JSN-004", meta("groups/0/row_length_base", 2**63)),
         ("version-major-five-digits", "metadata_schema", "MET-004", meta("format_version", "10000.0")),
         ("dictionaries-257", "metadata_schema", "MET-008", meta("dictionaries", [one] * 257)),
         ("passthrough-nine-digits", "metadata_schema", "MET-008", keep("passthrough", meta("passthrough/bias", "abcdef012"))),
