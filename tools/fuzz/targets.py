@@ -39,6 +39,7 @@ from qmoecodec.errors import EncodeError, FormatError  # noqa: E402
 from qmoecodec.types import Dictionary, DictionaryKind  # noqa: E402
 
 VECTORS = ROOT / "conformance" / "vectors"
+CORPUS = ROOT / "tools" / "fuzz" / "corpus"
 LARGEST_SEED = 24_000
 SPARE_BYTES = 1 << 20
 
@@ -81,6 +82,12 @@ def outcome(function: Callable[[], Any]) -> tuple[str | None, Any]:
 def seed_files() -> tuple[bytes, ...]:
     found = (path.read_bytes() for path in sorted(VECTORS.glob("*/*.safetensors")) if path.stat().st_size <= LARGEST_SEED)
     return tuple(found)
+
+
+@cache
+def kept(name: str) -> tuple[bytes, ...]:
+    """Return the inputs of the committed corpus of a target (docs/hardening.md)."""
+    return tuple(path.read_bytes() for path in sorted((CORPUS / name).iterdir()))
 
 
 def header_of(file: bytes) -> bytes | None:
@@ -431,8 +438,9 @@ def compare(path: Path, restored: native.Restored) -> None:
 
 
 def seeds_file() -> Iterator[bytes]:
-    for file in seed_files():
+    for file in (*seed_files(), *kept("qmoe_fuzz")):
         yield files.split(file)
+    yield from kept("file")
 
 
 TARGETS = {
