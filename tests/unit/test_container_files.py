@@ -129,12 +129,23 @@ def test_a_file_is_never_in_memory_as_a_whole(tmp_path: pathlib.Path) -> None:
     assert most < 12 << 20
 
 
+def can_exchange(folder: pathlib.Path) -> bool:
+    """Say whether two directories can trade places here, by the system call itself."""
+    names = [folder / f"trial {i}" for i in range(2)]
+    for name in names:
+        name.mkdir()
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    done = renameat2 is not None and renameat2(-100, bytes(names[0]), -100, bytes(names[1]), 2) == 0
+    for name in names:
+        name.rmdir()
+    return done
+
+
 def test_names_trade_places_where_the_system_can(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in "abcd":
+    can = can_exchange(tmp_path)
+    for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / f"was {name}").touch()
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    can = renameat2 is not None and renameat2(-100, bytes(tmp_path / "c"), -100, bytes(tmp_path / "d"), 2) == 0
     assert exchange(tmp_path / "a", tmp_path / "b") is can
     assert os.listdir(tmp_path / "a") == (["was b"] if can else ["was a"])
     assert os.listdir(tmp_path / "b") == (["was a"] if can else ["was b"])
@@ -142,4 +153,28 @@ def test_names_trade_places_where_the_system_can(tmp_path: pathlib.Path, monkeyp
     assert exchange(pathlib.Path("a"), pathlib.Path("b")) is can
     assert os.listdir(tmp_path / "a") == ["was a"]
     assert exchange(tmp_path / "a", tmp_path / "gone") is False
-    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c", "d"]
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("system", ["this", "one without renameat2"])
+def test_a_directory_is_replaced_in_one_step_where_names_trade_places(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    can = can_exchange(tmp_path) and system == "this"
+    if system != "this":
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "model.safetensors").write_text("old")
+    rename, gaps = os.rename, []
+
+    def note(one: pathlib.Path, other: pathlib.Path) -> None:
+        rename(one, other)
+        gaps.append(not target.exists())
+
+    monkeypatch.setattr(os, "rename", note)
+    with atomic_directory(target, overwrite=True) as temporary:
+        (temporary / "model.safetensors").write_text("new")
+    assert gaps == ([] if can else [True, False])
+    assert os.listdir(tmp_path) == ["target"]
+    assert (target / "model.safetensors").read_text() == "new"

@@ -191,9 +191,10 @@ KEYS = json.dumps({f"{i:05x}": 0 for i in range(3_000)}, separators=(",", ":"))
         (f'{{"t":{{"shape":[{ZEROS}]}}}}', 3.0),
         (f'{{"__metadata__":{{"a":{ZEROS}}}}}', 3.0),
         (f'{{"__metadata__":[{ZEROS}]}}', 3.0),
-        (f'{{"t":[[{KEYS}]]}}', 13.0),  # the keys themselves are remembered, for none may stand twice
+        (f'{{"__metadata__":{{"a":{KEYS}}}}}', 13.0),  # the keys themselves are remembered, for none may stand twice
+        (f'{{"t":[[{KEYS}]]}}', 13.0),
     ],
-    ids=["array", "nested", "shape", "metadata", "array of metadata", "keys"],
+    ids=["array", "nested", "shape", "metadata", "array of metadata", "keys of metadata", "keys"],
 )
 def test_nothing_is_built_of_values_that_stand_where_none_may(text: str, most: float) -> None:
     """The text is decoded; a list would take eight bytes for each two of it."""

@@ -23,7 +23,7 @@ def test_values_are_frozen_and_take_no_other_attributes() -> None:
     for module in pkgutil.walk_packages(qmoecodec.__path__, "qmoecodec."):
         for value in vars(importlib.import_module(module.name)).values():
             if isinstance(value, type) and dataclasses.is_dataclass(value) and value.__module__ == module.name:
-                if value.__name__.startswith("_"):  # a writer's own notes
+                if module.name == "qmoecodec.container.pack" and value.__name__.startswith("_"):  # a writer's own notes
                     continue
                 found[value.__qualname__] = value
     assert len(found) > 15
