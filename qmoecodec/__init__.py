@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 from qmoecodec.codec import count_digits, decode, decode_rows, encode, encode_rows, matvec, matvec_rows
-from qmoecodec.container import Expert, File, Group, open, pack, unpack, verify  # noqa: A004 - qmoecodec.open is the name
+from qmoecodec.container import (  # qmoecodec.open is the name
+    Expert,
+    File,
+    Group,
+    PackedGroup,
+    PackReport,
+    PassedTensor,
+    Problem,
+    Tensors,
+    UnpackReport,
+    VerifyReport,
+    open,  # noqa: A004
+    pack,
+    unpack,
+    verify,
+)
 from qmoecodec.errors import REASONS, EncodeError, FormatError, MissingExtraError, QMoEError
 from qmoecodec.types import Dictionary, Encoded
 
@@ -18,7 +33,14 @@ __all__ = [
     "FormatError",
     "Group",
     "MissingExtraError",
+    "PackReport",
+    "PackedGroup",
+    "PassedTensor",
+    "Problem",
     "QMoEError",
+    "Tensors",
+    "UnpackReport",
+    "VerifyReport",
     "__version__",
     "count_digits",
     "decode",

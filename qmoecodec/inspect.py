@@ -219,8 +219,7 @@ def render(report: dict[str, Any]) -> RenderableType:
     kept.add_column("bytes", justify="right")
     for kind, n in sorted(reasons.items()):
         kept.add_row(kind, f"{n:,}", f"{sizes[kind]:,}")
-    saved = f"{totals['dense_bytes']:,} bytes dense, {totals['file_bytes']:,} packed" + (
-        f" ({totals['dense_bytes'] / totals['file_bytes']:.2f} x smaller)" if totals["file_bytes"] else ""
-    )
+    dense, file = totals["dense_bytes"], totals["file_bytes"]
+    saved = f"{dense:,} bytes dense, {file:,} packed" + (f" ({dense / file:.2f} x smaller)" if dense > file else "")
     note = "entropy, payload and total in bits per weight; ratio is payload over entropy"
     return Stack(table, *([kept] if reasons else []), saved, note)

@@ -159,6 +159,7 @@ class PackedFile:
         self.source_metadata = {k: v for k, v in self.header.metadata.items() if k != METADATA_KEY} or None
         self._infos = {info.name: info for info in self.metadata.groups}
         self._dictionaries: dict[int, Dictionary] = {}
+        self._infos = {info.name: info for info in self.metadata.groups}
         self._groups: dict[str, GroupData] = {}
         self._checked: set[str] = set()
 

@@ -92,6 +92,10 @@ class Source:
             name = min(weight_map.keys() ^ self.tensors.keys())
             what = "is in no file" if name in weight_map else "is not in the index"
             raise FormatError("shard_mismatch", f"a tensor {what}", tensor=name)
+        names = dict(zip(self._fds, (file.name for file in self.shards.files), strict=True))
+        n_elsewhere = sum(names[self.tensors[name].fd] != file for name, file in (weight_map or {}).items())
+        if n_elsewhere:
+            self.notes.append(f"the index is wrong about the file of {n_elsewhere} tensors; each is taken from where it is")
 
     def read_bits(self, tensor: SourceTensor, begin: int, shape: tuple[int, ...]) -> AnyArray:
         """Read part of a float tensor from element `begin` on: uint[shape], the numbers' bits."""
@@ -137,7 +141,7 @@ def copy_other_files(source: pathlib.Path, target: pathlib.Path, weights: tuple[
             if relative == pathlib.Path() and OUTPUT_NAME.fullmatch(name):
                 raise ValueError(f"{here / name} is no part of the checkpoint but has the name of a weight file")
             path = here / name
-            if not is_inside(source, path.resolve()):
+            if not is_inside(source, _resolve(path)):
                 raise ValueError(f"{path} is a link that leaves the directory")
             if not path.is_file():
                 raise ValueError(f"{path} is not a regular file")
@@ -146,12 +150,19 @@ def copy_other_files(source: pathlib.Path, target: pathlib.Path, weights: tuple[
     return copied
 
 
+def _resolve(path: pathlib.Path) -> pathlib.Path:
+    try:
+        return path.resolve()
+    except RuntimeError:  # before Python 3.13, which takes the link itself
+        raise ValueError(f"{path} is a loop of links") from None
+
+
 def check_apart(source: pathlib.Path, target: pathlib.Path) -> None:
     """Check that source and target are not the same, nor one inside the other.
 
     Raises ValueError.
     """
-    a, b = source.resolve(), target.resolve()
+    a, b = _resolve(source), _resolve(target)
     same = a == b or (target.exists() and os.path.samefile(source, target))
     if same:
         raise ValueError(f"source and target are the same: {source}")

@@ -100,7 +100,7 @@ def write_packed(path: pathlib.Path, *, groups: Sequence[GroupInfo], roles: Iter
         pieces.append(Piece(dictionary_name(index), "U8", (len(d.data),), lambda d=d: [d.data]))  # type: ignore[misc]
         entries.append(DictionaryEntry(d.kind, d.code_bits, d.threshold, zlib.crc32(d.data)))
     if len(pieces) > MAX_TENSORS:
-        raise ValueError(f"{len(pieces)} tensors in one file, more than {MAX_TENSORS}; use a smaller shard size")
+        raise ValueError(f"{len(pieces)} tensors in one file, more than {MAX_TENSORS}; a directory may hold several files")
     placed, by_name = _place(pieces)
     meta = Metadata(tuple(entries), tuple(groups), {piece.name: 0 for piece in passthrough})
     size = len(header_bytes(placed, _with_text(metadata, meta)))

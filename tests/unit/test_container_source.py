@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,22 @@ def test_metadata_that_differs_is_noted_in_either_order(folder: pathlib.Path) ->
     with Source(folder) as source:
         assert source.metadata == {"k": "5", "m": "5"}
         assert sorted(note.split("'")[1] for note in source.notes) == ["k", "m"]
+
+
+def test_an_index_that_names_the_wrong_files_is_noted(folder: pathlib.Path) -> None:
+    write_index(folder, {"a": "y.safetensors", "b": "x.safetensors", "c": "x.safetensors", "d": "y.safetensors"})
+    with Source(folder) as source:
+        assert source.notes[-1] == "the index is wrong about the file of 2 tensors; each is taken from where it is"
+
+
+def test_links_that_lead_in_a_circle(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (folder / "loop").symlink_to("loop")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=r"loop is (a loop of links|not a regular file)"):
+        copy_other_files(folder, tmp_path / "out", ())
+    if sys.version_info < (3, 13):
+        with pytest.raises(ValueError, match="loop is a loop of links"):
+            check_apart(folder, folder / "loop")
 
 
 def test_the_first_tensor_on_which_index_and_shards_differ(folder: pathlib.Path, still_open: Callable[[], list[str]]) -> None:
