@@ -1,4 +1,4 @@
-"""Loads and stores that NumPy arrays cannot express: several elements at once, at any byte offset."""
+"""Loads and stores that NumPy arrays cannot express: several elements at once, at any element."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+_PAIR = ir.VectorType(ir.FloatType(), 2)
 
-def _pointer(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, element: Any) -> Any:
-    data = cgutils.create_struct_proxy(array_type)(context, builder, array).data
-    data = builder.bitcast(data, ir.IntType(8).as_pointer())
-    return builder.bitcast(builder.gep(data, [offset]), element.as_pointer())
+
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
+    """Return the pointer to an array's first element."""
+    return cgutils.create_struct_proxy(array_type)(context, builder, array).data
 
 
 @intrinsic
 def store_u64(typing_context: Any, array: Any, offset: Any, value: Any) -> Any:
-    """Store eight bytes at a byte offset, aligned or not; the caller answers for the bounds."""
+    """Store eight bytes at an offset in an array of bytes, aligned or not; the caller answers for the bounds."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = _pointer(context, builder, signature.args[0], args[0], args[1], ir.IntType(64))
-        builder.store(args[2], pointer, align=1)
+        data, at, number = args
+        place = builder.gep(_pointer(context, builder, array, data), [at])
+        builder.store(number, builder.bitcast(place, number.type.as_pointer()), align=1)
         return context.get_dummy_value()
 
     return types.void(array, types.uint64, types.uint64), generate
@@ -33,8 +35,8 @@ def clear_bytes(typing_context: Any, array: Any, n: Any) -> Any:
     """Set the first n bytes of an array to 0 (a slice assignment goes byte by byte)."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = _pointer(context, builder, signature.args[0], args[0], ir.Constant(ir.IntType(64), 0), ir.IntType(8))
-        cgutils.memset(builder, pointer, args[1], 0)
+        data, n_bytes = args
+        cgutils.memset(builder, _pointer(context, builder, array, data), n_bytes, 0)
         return context.get_dummy_value()
 
     return types.void(array, types.int64), generate
@@ -42,13 +44,12 @@ def clear_bytes(typing_context: Any, array: Any, n: Any) -> Any:
 
 @intrinsic
 def copy_bytes(typing_context: Any, target: Any, offset: Any, source: Any, n: Any) -> Any:
-    """Copy the first n bytes of source to byte `offset` of target, which must not overlap it."""
+    """Copy the first n bytes of source to `offset` in target, both arrays of bytes, which must not overlap."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        to = _pointer(context, builder, signature.args[0], args[0], args[1], ir.IntType(8))
-        zero = ir.Constant(ir.IntType(64), 0)
-        from_ = _pointer(context, builder, signature.args[2], args[2], zero, ir.IntType(8))
-        cgutils.raw_memcpy(builder, to, from_, args[3], 1)
+        to, at, from_, n_bytes = args
+        place = builder.gep(_pointer(context, builder, target, to), [at])
+        cgutils.raw_memcpy(builder, place, _pointer(context, builder, source, from_), n_bytes, 1)
         return context.get_dummy_value()
 
     return types.void(target, types.int64, source, types.int64), generate
@@ -56,13 +57,15 @@ def copy_bytes(typing_context: Any, target: Any, offset: Any, source: Any, n: An
 
 @intrinsic
 def add_pair(typing_context: Any, total: Any, array: Any, index: Any) -> Any:
-    """Add two neighbouring float32 of an array, at any index, to a pair of float32 kept in a uint64 (low, high)."""
-    pair = ir.VectorType(ir.FloatType(), 2)
+    """Add two neighbouring elements of a float32 array, at any index, to a pair of float32 in a uint64 (low, high)."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        offset = builder.shl(args[2], ir.Constant(ir.IntType(64), 2))
-        value = builder.load(_pointer(context, builder, signature.args[1], args[1], offset, pair), align=4)
-        return builder.bitcast(builder.fadd(builder.bitcast(args[0], pair), value), ir.IntType(64))
+        pair, data, at = args
+        # In bytes: counted in elements, the product is 2% slower.
+        data_bytes = builder.bitcast(_pointer(context, builder, array, data), cgutils.voidptr_t)
+        place = builder.gep(data_bytes, [builder.shl(at, at.type(2))])
+        two = builder.load(builder.bitcast(place, _PAIR.as_pointer()), align=4)
+        return builder.bitcast(builder.fadd(builder.bitcast(pair, _PAIR), two), pair.type)
 
     return types.uint64(types.uint64, array, types.uint64), generate
 
@@ -72,8 +75,8 @@ def low_float(typing_context: Any, total: Any) -> Any:
     """Return the first float32 of a pair."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vector = builder.bitcast(args[0], ir.VectorType(ir.FloatType(), 2))
-        return builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
+        (pair,) = args
+        return builder.extract_element(builder.bitcast(pair, _PAIR), cgutils.int32_t(0))
 
     return types.float32(types.uint64), generate
 
@@ -83,7 +86,7 @@ def high_float(typing_context: Any, total: Any) -> Any:
     """Return the second float32 of a pair."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vector = builder.bitcast(args[0], ir.VectorType(ir.FloatType(), 2))
-        return builder.extract_element(vector, ir.Constant(ir.IntType(32), 1))
+        (pair,) = args
+        return builder.extract_element(builder.bitcast(pair, _PAIR), cgutils.int32_t(1))
 
     return types.float32(types.uint64), generate

@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from functools import wraps
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +27,7 @@ MAX_SCATTER: Final = 3
 #: Bytes of tables that are kept, of those used last; the very last ones are kept whatever they take.
 KEPT_BYTES: Final = 24 << 20
 
-Tables = TypeVar("Tables")
+Tables = TypeVar("Tables", bound=tuple[Any, ...])
 _kept: OrderedDict[tuple[str, Dictionary], tuple[Any, int]] = OrderedDict()
 _lock = threading.Lock()
 
@@ -45,8 +44,7 @@ def kept(build: Callable[[Dictionary], Tables]) -> Callable[[Dictionary], Tables
                 _kept.move_to_end(key)
                 return cast(Tables, known[0])
         tables = build(dictionary)
-        parts = [getattr(tables, field.name) for field in fields(cast(Any, tables))]
-        n_bytes = sum(part.nbytes for part in parts if isinstance(part, np.ndarray))
+        n_bytes = sum(part.nbytes for part in tables if isinstance(part, np.ndarray))
         with _lock:
             _kept[key] = tables, n_bytes
             total = sum(size for _, size in _kept.values())
@@ -57,8 +55,7 @@ def kept(build: Callable[[Dictionary], Tables]) -> Callable[[Dictionary], Tables
     return look_up
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Trie:
+class Trie(NamedTuple):
     """The parse trees as arrays; node s is the root of tree s.
 
     children : int32[nodes, 3]    node under digit 0, 1 (-), 2 (+), or -1
@@ -69,8 +66,7 @@ class Trie:
     codeword: npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class EncodeTables:
+class EncodeTables(NamedTuple):
     """The aivf encoder as a finite automaton over digits.
 
     steps : uint64[nodes * 4]    indexed by 4 x node + (digit as int8 & 3), so 0 is 0, 1 is +, 3 is -
@@ -81,8 +77,7 @@ class EncodeTables:
     final: npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class DecodeTables:
+class DecodeTables(NamedTuple):
     """What a decoder looks up per (state, codeword), flat: index state << code_bits | codeword.
 
     lengths : uint8[n]      digits per phrase, 0 = unused
@@ -91,7 +86,7 @@ class DecodeTables:
                             at position 0. Empty where a phrase has more than MAX_SCATTER nonzeros.
     gather : uint64[n]      16-bit fields for the fused matvec: 3 x length, then 3 x position + plane of each nonzero,
                             plane 0 (which holds zeros) for a missing one; bit 63 as above. Empty like `scatter`.
-    three : bool            whether a phrase has three nonzeros
+    three : bool            whether a phrase has three nonzeros, and none has more
     last_nonzero : uint8[n] 1 + position of the last nonzero digit
     words : uint64[n, w]    the phrase as int8 values, eight digits a word, zero-padded
     counts : int64[n, 3]    how many 0, -, + the phrase has
@@ -213,7 +208,7 @@ def decode_tables(dictionary: Dictionary) -> DecodeTables:
     scatter, gather = np.zeros(n, np.uint64), np.zeros(n, np.uint64)
     last, word_bytes = np.zeros(n, np.uint8), np.zeros((n, 8 * n_words), np.uint8)
     counts = np.zeros((n, 3), np.int64)
-    lengths, starts = dictionary.lengths.reshape(-1), dictionary.starts.reshape(-1)
+    lengths, starts = dictionary.lengths.ravel(), dictionary.starts.ravel()
     most = _fill_decode_tables(lengths, starts, dictionary.digits, scatter, gather, last, word_bytes, counts)
     unused = (lengths == 0).astype(np.uint64) << np.uint64(63)
     scatter, gather = scatter | unused, gather | unused
