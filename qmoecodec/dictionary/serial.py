@@ -110,7 +110,7 @@ def _parse_table(data: bytes, code_bits: int, threshold: int) -> Dictionary:
     packed = np.frombuffer(data, np.uint8)[n_codewords:]
     if len(packed) != (n_digits + 3) // 4:
         raise FormatError("dictionary_size", f"{len(packed)} bytes for {n_digits} digits")
-    digits = (packed[:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3).reshape(-1).astype(np.uint8)
+    digits = (packed[:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3).ravel().astype(np.uint8)
     bad = np.flatnonzero(digits[:n_digits] == 3)
     if len(bad):
         raise FormatError("dictionary_symbol", "digit 3", byte=n_codewords + int(bad[0]) // 4)

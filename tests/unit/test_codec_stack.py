@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import threading
 from typing import Any
 
 import numpy as np
 import pytest
 
 import qmoecodec as q
+from qmoecodec.codec import stack
 from qmoecodec.dictionary import table_from_phrases
 
 RNG = np.random.default_rng(6)
@@ -143,3 +146,30 @@ def test_the_caller_may_give_the_memory() -> None:
         out = np.full((4, 9), 7, np.int8)
         result = q.decode_rows(STACK.codes[:36], STACK.row_lengths[0], cols=9, dictionary=TABLE, out=out, backend=backend)  # type: ignore[arg-type]
         assert result is out and out.tolist() == DIGITS[0].tolist()
+
+
+@pytest.mark.parametrize(("threads", "cores", "experts", "together"), [
+    (1, 4, 4, 1), (2, 1, 2, 2), (2, 1, 4, 2), (3, None, 6, 3), (5, 2, 3, 3), (4, 4, 1, 1), (1, 4, 0, 1),
+    (None, 1, 4, 1), (None, 2, 4, 2), (None, 3, 6, 3), (None, 8, 2, 2), (None, None, 4, 1),
+])  # fmt: skip
+def test_how_many_experts_are_worked_on_at_a_time(
+    threads: int | None, cores: int | None, experts: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as threads, as cores without a number, and never more than experts; one at a time needs no other thread."""
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    meeting = threading.Barrier(together, timeout=10)
+    most, now, lock = 0, 0, threading.Lock()
+
+    def work(e: int) -> tuple[int, bool]:
+        nonlocal most, now
+        with lock:
+            now += 1
+            most = max(most, now)
+        meeting.wait()  # returns when as many are here
+        with lock:
+            now -= 1
+        return e, threading.current_thread() is threading.main_thread()
+
+    done = stack._map(work, range(experts), threads)
+    assert done == [(e, together == 1) for e in range(experts)]
+    assert most == min(together, experts)

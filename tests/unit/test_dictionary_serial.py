@@ -127,9 +127,10 @@ def test_code_bits_that_do_not_exist(code_bits: int) -> None:
         parse(b"", kind="aivf", code_bits=code_bits, threshold=0)
 
 
-def test_a_kind_that_does_not_exist() -> None:
+@pytest.mark.parametrize("kind", ["", "a", "huffman", "tables", "zip"])
+def test_a_kind_that_does_not_exist(kind: str) -> None:
     with pytest.raises(ValueError, match="kind"):
-        parse(b"", kind="huffman", code_bits=8, threshold=0)  # type: ignore[arg-type]
+        parse(b"", kind=kind, code_bits=8, threshold=0)  # type: ignore[arg-type]
 
 
 @given(data=st.binary(max_size=400), kind=st.sampled_from(["aivf", "table"]), threshold=st.integers(-1, 257))
