@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from qmoecodec.errors import EncodeError, FormatError
 from qmoecodec.types import Dictionary
@@ -63,7 +63,7 @@ def _encode_table(digits: Sequence[int], dictionary: Dictionary) -> list[int]:
     return codewords
 
 
-def decode_row(codewords: Sequence[int], *, cols: int, dictionary: Dictionary) -> list[int]:
+def decode_row(codewords: Iterable[int], *, cols: int, dictionary: Dictionary) -> list[int]:
     """Expand the codewords of one row into its digits 0, 1, 2 (spec §5.2).
 
     Raises FormatError: unused_codeword, row_overrun, row_underrun, overrun_nonzero.
@@ -98,16 +98,15 @@ def unpack_row(data: bytes, *, n_codewords: int, code_bits: int) -> list[int]:
 
     Raises FormatError: row_padding.
     """
-    codewords = _codewords(data, n_codewords, code_bits)
     check_padding(data, n_codewords=n_codewords, code_bits=code_bits)
-    return codewords
+    return list(_codewords(data, n_codewords, code_bits))
 
 
-def _codewords(data: bytes, n_codewords: int, code_bits: int) -> list[int]:
-    # Two bytes hold any codeword. The row as one large number would take time that grows with the square of its length.
+def _codewords(data: bytes, n_codewords: int, code_bits: int) -> Iterator[int]:
+    # One at a time, for a row may go on for megabytes beyond the codeword that is wrong. Two bytes hold any codeword.
     mask = (1 << code_bits) - 1
     places = (divmod(code_bits * k, 8) for k in range(n_codewords))
-    return [int.from_bytes(data[byte : byte + 2], "little") >> bit & mask for byte, bit in places]
+    return (int.from_bytes(data[byte : byte + 2], "little") >> bit & mask for byte, bit in places)
 
 
 def check_padding(data: bytes, *, n_codewords: int, code_bits: int) -> None:

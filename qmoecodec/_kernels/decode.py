@@ -3,6 +3,7 @@
 All kernels take rows as (codes, row_starts, row_lengths): row r has row_lengths[r] codewords of code_bits bits from byte
 row_starts[r] on. They trust that those bytes exist; they trust no codeword. A row that breaks a rule of §5.2 or §5.3 ends
 the kernel, which returns that row's number, or -1 when all is well; the caller asks the reference codec what is wrong.
+What Python calls lets other threads run meanwhile.
 
 Each row is read in two passes. The first (`index_row`) turns its codewords into table indices, state included; as the
 state depends on the preceding codeword alone, the compiler makes that a loop over vectors. The second walks the table.
@@ -15,29 +16,31 @@ from __future__ import annotations
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 from numba import float32, int8, int64, uint32, uint64
 
 from qmoecodec._kernels.memory import add_pair, clear_bytes, copy_bytes, high_float, low_float, store_u64
 from qmoecodec._numba import njit
+from qmoecodec.types import MAX_PHRASE
 
 #: Codewords between two comparisons of the position with the end of the row.
 BLOCK: Final = 16
-#: Digits that a walk may reach beyond the end of a row: a block of the longest phrases, rounded up to whole words.
-SLACK: Final = (BLOCK + 1) * 256
+#: Digits that a walk may reach beyond the end of a row: a block of the longest phrases.
+SLACK: Final = BLOCK * MAX_PHRASE
 #: Bit of a table entry that marks an unused codeword.
 UNUSED_BIT: Final = 63
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True)
 def _unpack_codewords(codes: Any, start: int, n: int, code_bits: int, out: Any) -> bool:
     """Read n codewords into out (uint16[n] or more); say whether the row's unused bits are 0."""
     if code_bits == 8:
-        row = codes[start : start + n]
+        row = codes[start:]
         for k in range(n):
             out[k] = row[k]
         return True
     if code_bits == 16:
-        row = codes[start : start + 2 * n]
+        row = codes[start:]
         for k in range(n):
             out[k] = row[2 * k] | row[2 * k + 1] << 8
         return True
@@ -53,7 +56,7 @@ def _unpack_codewords(codes: Any, start: int, n: int, code_bits: int, out: Any) 
     return True
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True)
 def index_row(codes: Any, start: int, n: int, code_bits: int, threshold: int, codewords: Any, line: Any) -> bool:
     """Write state << code_bits | codeword for the n codewords of a row into line (uint32[n] or more).
 
@@ -63,14 +66,14 @@ def index_row(codes: Any, start: int, n: int, code_bits: int, threshold: int, co
         return True
     well = _unpack_codewords(codes, start, n, code_bits, codewords)
     line[0] = codewords[0]
-    here, before, rest = codewords[1:n], codewords[: n - 1], line[1:n]
+    here, before, rest = codewords[1:n], codewords, line[1:n]
     shift, limit = uint32(code_bits), uint32(threshold)
     for k in range(len(rest)):
         rest[k] = uint32(here[k]) | uint32(uint32(before[k]) >= limit) << shift
     return well
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True)
 def _scatter_row(line: Any, n: int, scatter: Any, three: bool, last: Any, scratch: Any, cols: int) -> bool:
     """Decode one row whose phrases have at most two or three nonzeros: clear it, then store as many digits per codeword."""
     if n == 0:
@@ -98,7 +101,7 @@ def _scatter_row(line: Any, n: int, scatter: Any, three: bool, last: Any, scratc
     return position - length + uint64(last[line[n - 1]]) <= limit
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True)
 def _copy_row(line: Any, n: int, lengths: Any, last: Any, words: Any, scratch: Any, cols: int) -> bool:
     """Decode one row of any dictionary: copy each phrase, eight digits at a time."""
     limit = uint64(cols)
@@ -117,13 +120,13 @@ def _copy_row(line: Any, n: int, lengths: Any, last: Any, words: Any, scratch: A
     return n == 0 or position - length + uint64(last[line[n - 1]]) <= limit
 
 
-@njit(cache=True, nogil=True)
-def _room(row_lengths: Any) -> int:
-    """Return the codewords of the longest row, and one more."""
+@njit(cache=True)
+def _room(row_lengths: Any, cols: int) -> int:
+    """Return the codewords of the longest row that may be well: each is at least one digit."""
     most = 0
     for n in row_lengths:
         most = max(most, int64(n))
-    return most + 1
+    return min(most, cols)
 
 
 @njit(cache=True, nogil=True)
@@ -135,11 +138,11 @@ def decode(
     rows, cols = out.shape
     flat = out.reshape(rows * cols)
     scratch = np.empty(cols + SLACK, np.int8)
-    room = _room(row_lengths)
+    room = _room(row_lengths, cols)
     codewords, line = np.empty(room, np.uint16), np.empty(room, np.uint32)
     for r in range(rows):
         n = int64(row_lengths[r])
-        if not index_row(codes, row_starts[r], n, code_bits, threshold, codewords, line):
+        if n > cols or not index_row(codes, row_starts[r], n, code_bits, threshold, codewords, line):
             return r
         if len(scatter):
             if not _scatter_row(line, n, scatter, three, last, scratch, cols):
@@ -151,26 +154,26 @@ def decode(
 
 
 @njit(cache=True, nogil=True)
-def histogram(codes: Any, row_starts: Any, row_lengths: Any, code_bits: int, threshold: int, out: Any) -> int:
+def histogram(
+    codes: Any, row_starts: Any, row_lengths: Any, code_bits: int, threshold: int, cols: int, out: Any
+) -> int:
     """Count the codewords of rows by (state, codeword) into out (int64[states << code_bits]), added to what is there."""
-    room = _room(row_lengths)
+    room = _room(row_lengths, cols)
     codewords, line = np.empty(room, np.uint16), np.empty(room, np.uint32)
     for r in range(len(row_lengths)):
         n = int64(row_lengths[r])
-        if not index_row(codes, row_starts[r], n, code_bits, threshold, codewords, line):
+        if n > cols or not index_row(codes, row_starts[r], n, code_bits, threshold, codewords, line):
             return r
         for k in range(n):
             out[line[k]] += 1
     return -1
 
 
-@njit(cache=True, nogil=True)
-def spread_x(x: Any) -> Any:
+def spread_x(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Lay x out for the fused kernel: 0, 0, x[0], 0, 0, x[1], ... and zeros that a walk may reach beyond the end."""
-    out = np.zeros(3 * (len(x) + SLACK), np.float32)
-    for i in range(len(x)):
-        out[3 * i + 2] = x[i]
-    return out
+    out = np.zeros((len(x) + SLACK, 3), np.float32)
+    out[: len(x), 2] = x
+    return out.ravel()
 
 
 @njit(cache=True, nogil=True)
@@ -191,13 +194,13 @@ def matvec_gather(
     2. The first, second and third nonzeros have sums of their own: three chains of additions instead of one.
     3. Unused codewords are seen by or-ing all entries, not by looking at each.
     """
-    room = _room(row_lengths)
+    room = _room(row_lengths, cols)
     codewords, line = np.empty(room, np.uint16), np.empty(room, np.uint32)
     limit = uint64(3 * cols)
     field = uint64(0xFFFF)
     for r in range(len(row_lengths)):
         n = int64(row_lengths[r])
-        if not index_row(codes, row_starts[r], n, code_bits, threshold, codewords, line):
+        if n > cols or not index_row(codes, row_starts[r], n, code_bits, threshold, codewords, line):
             return r
         count = uint64(n)
         position = length = seen = k = uint64(0)
@@ -229,7 +232,7 @@ def matvec_gather(
     return -1
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
+@njit(cache=True, fastmath={"reassoc", "nsz"})
 def _signed_sums(digits: Any, x: Any) -> Any:
     """Return the sums of x where digits are -1 and where they are 1; reassociated, so that it runs on vectors."""
     minus = plus = float32(0)
@@ -247,11 +250,11 @@ def matvec_copy(
     """Multiply rows with x by decoding one row at a time into a buffer that stays in the cache; any dictionary."""
     cols = len(x)
     scratch = np.empty(cols + SLACK, np.int8)
-    room = _room(row_lengths)
+    room = _room(row_lengths, cols)
     codewords, line = np.empty(room, np.uint16), np.empty(room, np.uint32)
     for r in range(len(row_lengths)):
         n = int64(row_lengths[r])
-        if not index_row(codes, row_starts[r], n, code_bits, threshold, codewords, line):
+        if n > cols or not index_row(codes, row_starts[r], n, code_bits, threshold, codewords, line):
             return r
         if not _copy_row(line, n, lengths, last, words, scratch, cols):
             return r

@@ -79,8 +79,8 @@ def starts_of_rows(
         raise FormatError("row_lengths", "a row has more codewords than its expert bytes", row=int(np.argmax(lengths)))
     starts = np.zeros(rows + 1, np.int64)
     np.cumsum((lengths * dictionary.code_bits + 7) // 8, out=starts[1:])
-    # Lengths are below 2^48 or so and rows below 2^31: a sum that wraps is far from the truth in floating point.
-    if int(starts[-1]) != n_bytes or float(lengths.sum(dtype=np.float64)) > 2.0**62:
+    # Lengths are below 2^48 or so: a sum that wraps is below 0 on its way.
+    if int(starts[-1]) != n_bytes or int(starts.min()) < 0:
         raise FormatError("row_lengths", f"the rows take {int(starts[-1])} bytes, the expert has {n_bytes}")
     n_codewords = int(lengths.sum())
     if rows * cols > dictionary.max_phrase * n_codewords:
@@ -88,11 +88,19 @@ def starts_of_rows(
     return starts
 
 
-def explain(codes: UInt8Array, start: int, n_codewords: int, *, cols: int, dictionary: Dictionary, row: int) -> FormatError:
+def explain(
+    codes: UInt8Array,
+    starts: npt.NDArray[np.int64],
+    row_lengths: UInt32Array,
+    row: int,
+    *,
+    cols: int,
+    dictionary: Dictionary,
+) -> FormatError:
     """Find out from the reference codec what is wrong with a row that a kernel refused."""
-    data = codes[start : start + (n_codewords * dictionary.code_bits + 7) // 8].tobytes()
+    data = codes[starts[row] : starts[row + 1]].tobytes()
     try:
-        reference.read_row(data, n_codewords=n_codewords, cols=cols, dictionary=dictionary)
+        reference.read_row(data, n_codewords=int(row_lengths[row]), cols=cols, dictionary=dictionary)
     except FormatError as error:
         return error.at(row=row)
     raise AssertionError(f"a kernel refused row {row}, which the reference accepts")
@@ -118,9 +126,6 @@ def decode_rows(
     """
     codes, row_lengths = check_rows(codes, row_lengths, dictionary)
     cols = check_integer(cols, "cols", least=0)
-    check_backend(backend)
-    if out is not None:
-        check_out(out, (len(row_lengths), cols))
     starts = starts_of_rows(len(codes), row_lengths, cols=cols, dictionary=dictionary)
     return decode_checked(codes, starts, row_lengths, cols=cols, dictionary=dictionary, backend=backend, out=out)
 
@@ -143,9 +148,12 @@ def decode_checked(
     out : int8[rows, cols]    written and returned where given
     Returns int8[rows, cols]. Raises FormatError: row_padding, unused_codeword, row_overrun, row_underrun, overrun_nonzero.
     """
+    check_backend(backend)
     rows = len(row_lengths)
     if out is None:
         out = np.empty((rows, cols), np.int8)
+    else:
+        check_out(out, (rows, cols))
     if backend == "reference":
         for r in range(rows):
             n = int(row_lengths[r])
@@ -164,7 +172,7 @@ def decode_checked(
         t.lengths, t.scatter, t.three, t.last_nonzero, t.words, out,
     )  # fmt: skip
     if bad >= 0:
-        raise explain(codes, int(starts[bad]), int(row_lengths[bad]), cols=cols, dictionary=dictionary, row=bad)
+        raise explain(codes, starts, row_lengths, bad, cols=cols, dictionary=dictionary)
     return out
 
 
@@ -175,7 +183,8 @@ def count_digits(
 
     rows : len(row_lengths)
     Returns int64[3]. The rows are trusted to be well formed beyond what the counts themselves show.
-    Raises FormatError: row_lengths, row_underrun, row_padding, unused_codeword; TypeError, ValueError for a caller's mistakes.
+    Raises FormatError: row_lengths, row_underrun, row_overrun, row_padding, unused_codeword; TypeError, ValueError for a
+    caller's mistakes.
     """
     from qmoecodec._kernels import decode, tables  # loads Numba
 
@@ -186,9 +195,9 @@ def count_digits(
     starts = starts_of_rows(len(codes), row_lengths, cols=cols, dictionary=dictionary)
     t = tables.decode_tables(dictionary)
     histogram = np.zeros(len(t.lengths), np.int64)
-    bad = decode.histogram(codes, starts, row_lengths, dictionary.code_bits, dictionary.threshold, histogram)
+    bad = decode.histogram(codes, starts, row_lengths, dictionary.code_bits, dictionary.threshold, cols, histogram)
     if bad >= 0:
-        raise explain(codes, int(starts[bad]), int(row_lengths[bad]), cols=cols, dictionary=dictionary, row=bad)
+        raise explain(codes, starts, row_lengths, bad, cols=cols, dictionary=dictionary)
     if histogram[t.lengths == 0].any():
         raise FormatError("unused_codeword")
     counts = histogram @ t.counts
@@ -238,5 +247,5 @@ def matvec_rows(
             codes, starts, row_lengths, bits, threshold, t.lengths, t.last_nonzero, t.words, levels, x, out
         )
     if bad >= 0:
-        raise explain(codes, int(starts[bad]), int(row_lengths[bad]), cols=cols, dictionary=dictionary, row=bad)
+        raise explain(codes, starts, row_lengths, bad, cols=cols, dictionary=dictionary)
     return out

@@ -60,7 +60,8 @@ MEMORY = 5 << 30
 TESTS = ("qmoecodec", "tests/unit", "tests/property")
 CALLERS = {
     "qmoecodec/_kernels/ternary.py": {("qmoecodec/container/ternary.py", "fill_rows")},
-    KERNELS: {("qmoecodec/codec/rows.py", name) for name in ("decode_rows", "count_digits", "matvec_rows")},
+    KERNELS: {("qmoecodec/codec/rows.py", name) for name in ("decode_rows", "count_digits", "matvec_rows")}
+    | {("qmoecodec/_kernels/tables.py", name) for name in ("decode_tables", "look_up")},
 }
 SLOW_SECONDS = 1.5
 SLOW = ("tests/unit/test_dictionary_aivf.py", "tests/unit/test_dictionary_qmoe2023.py", "tests/unit/test_determinism.py",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 import qmoecodec as q
 from qmoecodec import reference
 from qmoecodec.codec import bank as bank_module
+from qmoecodec.codec.rows import starts_of_rows
 from qmoecodec.dictionary import aivf, aivf_from_symbols, table_from_phrases
 
 LEAF, INCOMPLETE, INTERNAL = 0, 1, 2
@@ -207,3 +211,36 @@ def test_reference_reads_what_it_writes() -> None:
         data = reference.pack_row(codewords, code_bits=bits)
         assert len(data) == (4 * bits + 7) // 8
         assert reference.unpack_row(data, n_codewords=4, code_bits=bits) == codewords
+
+
+def test_the_reference_needs_no_compiler_and_the_kernels_do() -> None:
+    program = """
+import sys
+import numpy as np
+import qmoecodec as q
+from qmoecodec.dictionary import table_from_phrases
+d = table_from_phrases([b"\\0", b"\\2", *[b""] * 254], code_bits=8)
+for backend in ("reference", "numba"):
+    assert q.decode_rows(np.uint8([1, 0]), np.uint32([2]), cols=2, dictionary=d, backend=backend).tolist() == [[1, 0]]
+    print("numba" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.stdout.split(), done.stderr) == (["False", "True"], "")
+
+
+@pytest.mark.parametrize("backend", ["numba", "reference"])
+def test_memory_that_does_not_fit_is_refused(backend: str) -> None:
+    codes, lengths = np.uint8([3, 3, 4, 4]), np.uint32([2, 2])
+    good = np.zeros((2, 2), np.int8)
+    assert q.decode_rows(codes, lengths, cols=2, dictionary=tiny(), backend=backend, out=good).tolist() == [[-1, -1], [1, 1]]
+    for bad in (np.zeros((3, 2), np.int8), np.zeros((1, 2), np.int8), np.zeros((2, 3), np.int8), np.zeros(4, np.int8),
+                np.zeros((2, 2), np.int16), np.zeros((2, 2), np.uint8), np.zeros((2, 2), np.int8, "F")):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=r"^out "):
+            q.decode_rows(codes, lengths, cols=2, dictionary=tiny(), backend=backend, out=bad)
+
+
+def test_lengths_whose_sum_wraps_are_refused() -> None:
+    """The bytes of the rows are 2**64 more than the expert has, so as a 64-bit number the sum fits."""
+    lengths = np.full(33, 1 << 59, np.int64)
+    with pytest.raises(q.FormatError, match=f"the rows take {1 << 59} bytes, the expert has {1 << 59}"):
+        starts_of_rows(1 << 59, lengths, cols=1, dictionary=tiny())

@@ -158,9 +158,9 @@ def test_counts_are_refused_where_digits_are_missing() -> None:
 
 
 def test_a_row_that_a_kernel_refuses_and_the_reference_accepts_is_a_bug() -> None:
-    codes, _ = pack([[3, 3]], 8)
-    with pytest.raises(AssertionError, match="row 5"):
-        explain(codes, 0, 2, cols=2, dictionary=trees(8), row=5)
+    codes, lengths = pack([[3], [3, 3], [0]], 8)
+    with pytest.raises(AssertionError, match="row 1"):
+        explain(codes, np.array([0, 1, 3, 4]), lengths, 1, cols=2, dictionary=trees(8))
 
 
 @pytest.mark.parametrize("nonzeros", [1, 3, 4])
@@ -203,3 +203,32 @@ def test_kernels_do_without_a_cache_on_disk() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def resident(key: str) -> int:
+    """Return bytes of this process: VmRSS now, VmHWM at most."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith(key))
+
+
+@pytest.mark.parametrize("code_bits", [8, 12, 16])
+def test_a_row_that_goes_on_takes_no_more_memory_than_its_bytes(code_bits: int) -> None:
+    """No row that is well has more codewords than columns: the others are neither laid out nor read to their end."""
+    d = table_from_phrases([b"\0", b"\2", *[b""] * ((1 << code_bits) - 2)], code_bits=code_bits)
+    codes, lengths = np.ones(48 << 20, np.uint8), np.uint32([(48 << 20) * 8 // code_bits])
+    codes[:24] = 0
+    levels, x = np.ones((1, 2), np.float32), np.ones(3, np.float32)
+    expected = ["row_overrun", {"row": 0, "codeword": 3}]
+    calls = [
+        lambda c, n: outcome(q.decode_rows, c, n, cols=3, dictionary=d),
+        lambda c, n: outcome(q.decode_rows, c, n, cols=3, dictionary=d, backend="reference"),
+        lambda c, n: outcome(q.matvec_rows, c, n, levels, x, dictionary=d),
+        lambda c, n: outcome(q.count_digits, c, n, rows=1, cols=3, dictionary=d),
+    ]
+    for call in calls:
+        assert call(codes[:12], np.uint32([12 * 8 // code_bits])) == expected  # compiles
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # from here on the highest is counted
+        before = resident("VmRSS:")
+        assert call(codes, lengths) == expected
+        assert resident("VmHWM:") - before < 60 << 20
