@@ -130,15 +130,16 @@ def copy_other_files(source: pathlib.Path, target: pathlib.Path, weights: tuple[
     for folder, folders, names in os.walk(source):
         here = pathlib.Path(folder)
         relative = here.relative_to(source)
+        beside_weights = not relative.parts
         folders.sort()
         for name in list(folders):
             if (here / name).is_symlink():
                 raise ValueError(f"{here / name} is a link to a directory; copy the checkpoint first")
             (target / relative / name).mkdir()
         for name in sorted(names):
-            if relative == pathlib.Path() and name in skip:
+            if beside_weights and name in skip:
                 continue
-            if relative == pathlib.Path() and OUTPUT_NAME.fullmatch(name):
+            if beside_weights and OUTPUT_NAME.fullmatch(name):
                 raise ValueError(f"{here / name} is no part of the checkpoint but has the name of a weight file")
             path = here / name
             if not is_inside(source, _resolve(path)):
