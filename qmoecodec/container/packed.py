@@ -131,10 +131,12 @@ class PackedFile:
     Raises FormatError: the reasons of spec §2, §3, §4.1, §6.1, §6.2, and checksum.
     """
 
+    # Of an object that was not initialised, as one that cannot be copied, too: `__del__` meets it.
+    fd = -1
+    _map: mmap.mmap | None = None
+
     def __init__(self, path: pathlib.Path, *, mapped: bool) -> None:
         self.path = path
-        self._map: mmap.mmap | None = None
-        self.fd = -1
         self.fd = os.open(path, os.O_RDONLY)
         try:
             self.n_file = os.fstat(self.fd).st_size

@@ -265,6 +265,8 @@ def test_a_file_that_nobody_closed_is_closed(packed: pathlib.Path) -> None:
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     f = q.open(packed)
+    with pytest.raises(TypeError, match="pickle"):
+        copy.deepcopy(f)
     bias = f.tensors["bias"]
     group = f["m.experts.w"]
     assert len(os.listdir("/proc/self/fd")) > before
