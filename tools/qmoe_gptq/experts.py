@@ -14,7 +14,7 @@ import torch
 from . import gptq
 from .gptq import Factors, Ternary
 from .model import SwitchConfig, activate
-from .rate import HIGHEST_ENTROPY, PAPER_MARGIN, TYPICAL_OVERHEAD, entropies, total_payload
+from .rate import HIGHEST_ENTROPY, PAPER_MARGIN, TYPICAL_OVERHEAD, entropies, mirrored_entropies, total_payload
 from .settings import Settings
 
 Tensor = torch.Tensor
@@ -115,12 +115,13 @@ def quantize_group(
 
 def round_levels(levels: Tensor, dtype: torch.dtype) -> Tensor:
     """Round levels to the checkpoint's dtype, so that what is tuned is what is stored."""
-    return levels.to(dtype).float()
+    largest = torch.finfo(dtype).max
+    return levels.clamp(-largest, largest).to(dtype).float()
 
 
 def rounded(weights: Tensor, levels: Tensor) -> Ternary:
     """Round to nearest, as a Ternary."""
-    edges = (levels.abs() / 2).clamp_min(1e-30)
+    edges = torch.where(levels == 0, torch.inf, (levels.abs() / 2).clamp_min(1e-30))
     margin = weights / torch.where(weights < 0, edges[..., :1], edges[..., 1:])
     return Ternary((margin > 1).to(torch.int8) - (margin < -1).to(torch.int8), levels, margin)
 
@@ -241,9 +242,7 @@ def spread(digits: Tensor) -> float:
     """Give the mean entropy of the digits, mirrored at its maximum so that it falls with the zeros throughout."""
     if not digits.numel():
         return 0.0
-    rates = entropies(digits)
-    crowded = (digits == 0).float().mean((-1, -2)) < 1 / 3
-    return float(torch.where(crowded, 2 * HIGHEST_ENTROPY - rates, rates).mean())
+    return float(mirrored_entropies(digits).mean())
 
 
 def code_lengths(entropy: float) -> Tensor:

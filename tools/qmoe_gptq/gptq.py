@@ -154,13 +154,16 @@ def solve(
 class Edges:
     """The sizes beyond which a weight becomes - or +, per column and row.
 
-    "+ beats 0" in squared error plus price is w > hi/2 + rent/hi, and alike for -.
+    "+ beats 0" in squared error plus price is w > hi/2 + rent/hi, and alike for -. A digit
+    whose level is 0 would say what 0 says, and never comes.
     """
 
     def __init__(self, weights: Tensor, lo: Tensor, hi: Tensor, diagonal: Tensor, *, price: float, bits: Tensor | None) -> None:
         """Prepare; weights [experts, rows, cols], lo and hi [experts, rows], diagonal [experts, cols]."""
-        self._floor = 1e-6 * weights.abs().mean((-1, -2))[:, None, None] + 1e-30
-        self._half = (-lo[:, None] / 2, hi[:, None] / 2)
+        # Of its own row: no row may decide what another's weights become.
+        self._floor = 1e-6 * weights.abs().mean(-1)[:, None] + 1e-30
+        never = torch.full_like(lo[:, None], torch.inf)
+        self._half = tuple(torch.where(level > 0, level / 2, never) for level in (-lo[:, None], hi[:, None]))
         self._share: Tensor | None = None
         if price != 0:
             if bits is None:

@@ -21,9 +21,23 @@ HIGHEST_ENTROPY = float(np.log2(3))
 
 def entropies(digits: Tensor) -> Tensor:
     """Give each matrix's order-0 entropy in bits per digit: int8[..., rows, cols] -> float32[...]."""
+    return _bits(_shares(digits))
+
+
+def mirrored_entropies(digits: Tensor) -> Tensor:
+    """Give entropies, mirrored at their maximum where less than a third of the digits are zeros: they fall with the zeros."""
+    shares = _shares(digits)
+    rates = _bits(shares)
+    return torch.where(shares[..., 1] < 1 / 3, 2 * HIGHEST_ENTROPY - rates, rates)
+
+
+def _shares(digits: Tensor) -> Tensor:
     counts = count_digits(digits)
-    share = counts / counts.sum(-1, keepdim=True)
-    return -(share * share.clamp_min(1e-30).log2()).sum(-1)
+    return counts / counts.sum(-1, keepdim=True)
+
+
+def _bits(shares: Tensor) -> Tensor:
+    return -(shares * shares.clamp_min(1e-30).log2()).sum(-1)
 
 
 def payload_bits(digits: Tensor) -> int:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from .experts import round_levels
 from .gptq import Ternary
-from .rate import entropies
+from .rate import mirrored_entropies
 
 Tensor = torch.Tensor
 
@@ -53,9 +54,9 @@ class Trainable:
     def __init__(self, ternary: Ternary) -> None:
         """Start from a solver's result, whose digits are those at threshold 1."""
         levels = ternary.levels.abs()
-        floor = 1e-4 * levels.mean() + 1e-30
+        floor = 1e-4 * levels.mean(-1, keepdim=True) + 1e-30
         self.margin = ternary.margin.clone().requires_grad_()
-        self.log_levels = levels.clamp_min(floor).log().requires_grad_()
+        self.log_levels = levels.maximum(floor).log().requires_grad_()
 
     def values(self, threshold: float) -> Tensor:
         """Expand to float32[experts, rows, cols], differentiably."""
@@ -69,7 +70,7 @@ class Trainable:
     def levels(self, dtype: torch.dtype) -> Tensor:
         """Give the levels as the checkpoint's dtype can hold them, float32[experts, rows, 2]."""
         size = self.log_levels.detach().exp()
-        return torch.cat([-size[..., :1], size[..., 1:]], -1).to(dtype).float()
+        return round_levels(torch.cat([-size[..., :1], size[..., 1:]], -1), dtype)
 
     def result(self, threshold: float, dtype: torch.dtype) -> Ternary:
         """Freeze into digits and stored levels."""
@@ -78,10 +79,13 @@ class Trainable:
 
 
 def mean_entropy(matrices: Iterable[Trainable], threshold: float) -> float:
-    """Average order-0 entropy per digit over matrices, weighted by their sizes."""
+    """Average order-0 entropy per digit over matrices, weighted by their sizes.
+
+    With fewer zeros than at its maximum it is mirrored there, so that it falls with the threshold throughout.
+    """
     bits = weights = 0.0
     for matrix in matrices:
-        rates = entropies(matrix.digits(threshold))
+        rates = mirrored_entropies(matrix.digits(threshold))
         size = matrix.margin[0].numel()
         bits += float(rates.sum()) * size
         weights += rates.numel() * size

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qmoe_gptq import gptq
-from qmoe_gptq.experts import at_rate, code_lengths, find_price, hessian, rounded, rounded_at_rate
+from qmoe_gptq.experts import at_rate, code_lengths, find_price, hessian, round_levels, rounded, rounded_at_rate
 from qmoe_gptq.rate import entropies
 from qmoe_gptq.settings import Settings
 from qmoe_gptq.units import expand, squeeze
@@ -181,3 +181,29 @@ def test_squeeze_round_trip() -> None:
     small = squeeze(digits)
     assert len(small) == -(-digits.numel() // 5)
     assert torch.equal(expand(small, (3, 7, 11)), digits)
+
+
+@pytest.mark.parametrize("price", [0.0, 0.5])
+def test_a_huge_weight_changes_no_other_row(price: float) -> None:
+    weights, h = problem()
+    factors = gptq.factorize(h, damping=0.1)
+    bits = code_lengths(1.0).expand(len(weights), 3)
+    before = gptq.solve(weights, gptq.lloyd_levels(weights), factors, price=price, bits=bits).digits
+    weights[0, 0, 0] = 1e12
+    after = gptq.solve(weights, gptq.lloyd_levels(weights), factors, price=price, bits=bits).digits
+    assert torch.equal(after[0, 1:], before[0, 1:]) and torch.equal(after[1:], before[1:])
+    assert before[0, 1:].any()
+
+
+def test_a_digit_whose_level_is_zero_never_comes() -> None:
+    weights, h = problem()
+    weights[0, :4] = weights[0, :4].abs()
+    weights[1, :4] = 0
+    levels = gptq.extreme_levels(weights)
+    digits = gptq.solve(weights, levels, gptq.factorize(h, damping=0.1)).digits
+    assert (levels[0, :4, 0] == 0).all() and (digits[0, :4] >= 0).all() and (digits[0, :4] > 0).any()
+    assert not digits[1, :4].any() and not rounded(weights, levels).digits[1, :4].any()
+
+
+def test_levels_stay_finite_in_a_dtype_with_a_small_range() -> None:
+    assert round_levels(torch.tensor([-1e6, 70000.0]), torch.float16).tolist() == [-65504.0, 65504.0]

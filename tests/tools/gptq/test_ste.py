@@ -60,6 +60,28 @@ def test_settle_hits_the_rate_from_below() -> None:
         assert target - 0.005 < mean_entropy(matrices, threshold) <= target
 
 
+def test_rates_near_the_highest_are_held_with_a_third_of_zeros() -> None:
+    """Entropy falls on both sides of its maximum: with few zeros it must not pass for a low rate."""
+    matrices = [Trainable(start(seed=s)) for s in (0, 1)]
+    for target in (1.45, 1.55):
+        threshold = settle(matrices, target)
+        assert target - 0.005 < mean_entropy(matrices, threshold) <= target
+        assert all((m.digits(threshold) == 0).float().mean() > 1 / 3 for m in matrices)
+        steered = 1e-2
+        for _ in range(200):
+            steered = steer(steered, mean_entropy(matrices, steered), target)
+        assert steered == pytest.approx(threshold, rel=0.02)
+
+
+def test_a_huge_level_leaves_the_others_as_they_are() -> None:
+    ternary = start()
+    ternary.levels[0, 0, 1] = 1e12
+    ternary.levels[1, 1] = 0
+    kept = Trainable(ternary).levels(torch.bfloat16)
+    torch.testing.assert_close(kept[:, 2:], ternary.levels[:, 2:])
+    assert kept[1, 1].abs().max() < 1e-20
+
+
 def test_steering_converges() -> None:
     matrices = [Trainable(start(rows=256))]
     threshold = 1.0
