@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +53,8 @@ class Calibration:
     def encoder_keep(self) -> npt.NDArray[np.bool_]:
         """Mark the encoder tokens that are not trailing padding, bool[samples, source]."""
         real = self.input_ids != self.pad_id
-        keep: npt.NDArray[np.bool_] = np.ascontiguousarray(np.flip(np.maximum.accumulate(np.flip(real, 1), 1), 1))
+        # A copy: of a matrix with one column numpy calls the reversed view contiguous, and torch takes no negative strides.
+        keep: npt.NDArray[np.bool_] = np.flip(np.maximum.accumulate(np.flip(real, 1), 1), 1).copy()
         return keep
 
     def decoder_keep(self) -> npt.NDArray[np.bool_]:
@@ -74,32 +74,35 @@ class Calibration:
 
     def head(self, samples: int | None) -> Calibration:
         """Keep the first ``samples`` samples."""
-        if samples is None or samples >= self.samples:
-            return self
-        return Calibration(
-            self.input_ids[:samples],
-            self.decoder_input_ids[:samples],
-            self.labels[:samples],
-            self.sentinels,
-            self.pad_id,
-        )
+        return self if samples is None or samples >= self.samples else self.take(range(samples))
+
+    def take(self, indices: Sequence[int]) -> Calibration:
+        """Pick samples."""
+        rows = list(indices)
+        return Calibration(self.input_ids[rows], self.decoder_input_ids[rows], self.labels[rows], self.sentinels, self.pad_id)
 
 
 def load_tokens(path: Path, *, config: SwitchConfig, model_dir: Path) -> Calibration:
     """Read ``input_ids``, ``labels`` and optionally ``decoder_input_ids`` from an npz file.
 
-    Raises QuantizeError: unreadable, wrong shapes, ids outside the vocabulary, or sequences
-    that are not this model's (another start token, sentinels of another vocabulary).
+    Labels that are the pad token count as little as -100.
+    Raises QuantizeError: unreadable, wrong shapes, ids outside the vocabulary, sequences
+    that are not this model's (another start token, sentinels of another vocabulary), or an
+    ``attention_mask`` that masks anything but trailing padding.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise QuantizeError(f"{path}: not a readable npz file ({error})") from None
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("an array, not an archive of arrays")
+            arrays = {name: np.asarray(archive[name]) for name in archive.files}
+    except Exception as error:  # there is no end to what damaged archives raise
+        raise QuantizeError(f"{path}: not a readable npz file ({' '.join(str(error).split()) or type(error).__name__})") from None
     for name in ("input_ids", "labels"):
         if name not in arrays:
             raise QuantizeError(f"{path}: array {name} is missing")
     labels = _tokens(path, "labels", arrays["labels"], config, ignore=True)
+    labels = np.where(labels == config.pad_id, -100, labels)
     inputs = _tokens(path, "input_ids", arrays["input_ids"], config)
     shifted = shift_right(labels, config)
     if "decoder_input_ids" in arrays:
@@ -115,13 +118,17 @@ def load_tokens(path: Path, *, config: SwitchConfig, model_dir: Path) -> Calibra
         raise QuantizeError(
             f"{path}: shapes disagree: input_ids {inputs.shape}, decoder_input_ids {decoder.shape}, labels {labels.shape}"
         )
-    sentinels = find_sentinels(model_dir, inputs, labels)
+    sentinels = find_sentinels(model_dir, inputs, labels, config.vocabulary)
     if len(sentinels) and not np.isin(labels, sentinels).any():
         raise QuantizeError(
             f"{path}: no label is one of the tokenizer's sentinels {int(sentinels[0])}..{int(sentinels[-1])}: "
             "calibration data of another model?"
         )
-    return Calibration(inputs, decoder, labels, sentinels, config.pad_id)
+    data = Calibration(inputs, decoder, labels, sentinels, config.pad_id)
+    mask = arrays.get("attention_mask")
+    if mask is not None and not np.array_equal(mask != 0, data.encoder_keep()):
+        raise QuantizeError(f"{path}: attention_mask masks other tokens than trailing padding, which calibration cannot do")
+    return data
 
 
 def shift_right(labels: Int64, config: SwitchConfig) -> Int64:
@@ -147,7 +154,7 @@ def _tokens(path: Path, name: str, array: npt.NDArray[np.generic], config: Switc
     return ids
 
 
-def find_sentinels(model_dir: Path, inputs: Int64, labels: Int64) -> Int64:
+def find_sentinels(model_dir: Path, inputs: Int64, labels: Int64, vocabulary: int) -> Int64:
     """List sentinel ids in order of use: from tokenizer.json, else from the samples.
 
     Without a tokenizer a sentinel is recognised by what defines it: the labels' first
@@ -162,6 +169,9 @@ def find_sentinels(model_dir: Path, inputs: Int64, labels: Int64) -> Int64:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise QuantizeError(f"{path}: cannot be read ({error})") from None
         if found:
+            beyond = sorted(token for token in found.values() if not 0 <= token < vocabulary)
+            if beyond:
+                raise QuantizeError(f"{path}: sentinel {beyond[0]} is outside the model's vocabulary of {vocabulary}")
             return np.array([found[k] for k in sorted(found)], np.int64)
     first = int(labels[0, 0])
     if not (labels[:, 0] == first).all():
@@ -250,7 +260,7 @@ def load_text(
     """
     tokenizer_file = model_dir / "tokenizer.json"
     if not tokenizer_file.is_file():
-        raise QuantizeError(f"{model_dir}: raw text needs a tokenizer.json in the checkpoint")
+        raise QuantizeError(f"{path} is no .npz file, so it is raw text, which needs a tokenizer.json in {model_dir}")
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -259,8 +269,17 @@ def load_text(
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise QuantizeError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    ids = np.array(Tokenizer.from_file(str(tokenizer_file)).encode(text, add_special_tokens=False).ids, np.int64)
-    sentinels = find_sentinels(model_dir, ids.reshape(1, -1), ids.reshape(1, -1))
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    except Exception as error:  # the library raises plain Exception for whatever it cannot read
+        raise QuantizeError(f"{tokenizer_file}: not a readable tokenizer ({error})") from None
+    # Settings for batches of prompts that a tokenizer.json may hold.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+    if not ids.size:
+        raise QuantizeError(f"{path}: holds no text")
+    sentinels = find_sentinels(model_dir, ids.reshape(1, -1), ids.reshape(1, -1), config.vocabulary)
     if ids.size and ids.max() >= config.vocabulary:
         raise QuantizeError(f"{tokenizer_file}: gives token {int(ids.max())}, outside the model's vocabulary")
     stretch, spans, dropped = corruption_shape(length)

@@ -114,8 +114,7 @@ class ModelTuner:
         # The first epoch sees the samples as they came.
         if self.resampler is not None and epoch:
             return self.resampler.draw(chosen, np.random.default_rng([self.settings.seed, 2, step]))
-        d = self.data
-        return Calibration(d.input_ids[chosen], d.decoder_input_ids[chosen], d.labels[chosen], d.sentinels, d.pad_id)
+        return self.data.take(chosen)
 
     def loss(self, batch: Calibration) -> Tensor:
         """Compute the divergence of the twin's predictions from the original's on one batch."""
@@ -130,12 +129,14 @@ class ModelTuner:
             wanted = self._finish(self.teacher, common, decoder_ids, padded)
             wanted = F.log_softmax(wanted[counted], dim=-1)
         given = self._finish(self.student(), common, decoder_ids, padded)
-        return F.kl_div(F.log_softmax(given[counted], dim=-1), wanted, reduction="batchmean", log_target=True)
+        # Not "batchmean": a batch may hold no position that counts.
+        total = F.kl_div(F.log_softmax(given[counted], dim=-1), wanted, reduction="sum", log_target=True)
+        return total / max(1, len(wanted))
 
     def _common(self, ids: Tensor, keep: Tensor | None) -> Tensor:
         """Run the encoder up to its first ternary matrix: the same in both models."""
         w, config = self.teacher, self.config
-        x = F.embedding(ids, w["shared.weight"])
+        x = net.embed(w, "encoder", ids)
         bias = self._bias("encoder", x.shape[1], keep)
         for block in range(min(self.first + 1, config.encoder_blocks)):
             x = net.attention_part(config, w, "encoder", block, x, bias=bias)
@@ -161,7 +162,7 @@ class ModelTuner:
             config,
             weights,
             "decoder",
-            F.embedding(decoder_ids, weights["shared.weight"]),
+            net.embed(weights, "decoder", decoder_ids),
             memory=memory,
             memory_keep=keep,
         )

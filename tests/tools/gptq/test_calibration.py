@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -93,11 +94,11 @@ def test_samples_that_are_no_corruption_are_left_alone(model_dir: Path, samples:
 
 def test_sentinels_are_found_without_a_tokenizer(tmp_path: Path, samples: Samples) -> None:
     arrays = samples(8)
-    found = find_sentinels(tmp_path, arrays["input_ids"], arrays["labels"])
+    found = find_sentinels(tmp_path, arrays["input_ids"], arrays["labels"], 96)
     assert found.tolist() == [80, 81, 82, 83]
     # Counting down, as the original T5 vocabulary does.
     flipped = {k: np.where(v >= 80, 175 - v, v) for k, v in arrays.items()}
-    assert find_sentinels(tmp_path, flipped["input_ids"], flipped["labels"]).tolist() == [95, 94, 93, 92]
+    assert find_sentinels(tmp_path, flipped["input_ids"], flipped["labels"], 96).tolist() == [95, 94, 93, 92]
 
 
 @pytest.mark.parametrize(
@@ -167,3 +168,61 @@ def test_raw_text_becomes_samples(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantizeError, match="one sample needs"):
         (tmp_path / "short.txt").write_text("w5 w6")
         load_text(tmp_path / "short.txt", config=config, model_dir=model_dir, samples=5, seed=0)
+    # What the file says about batches of prompts does not cut the text, and does not pad it.
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=5000)
+    tokenizer.save(str(model_dir / "tokenizer.json"))
+    again = load_text(tmp_path / "text.txt", config=config, model_dir=model_dir, samples=5, seed=0, length=64)
+    assert np.array_equal(again.input_ids, data.input_ids)
+    tokenizer.add_special_tokens(["<extra_id_16>"])
+    tokenizer.save(str(model_dir / "tokenizer.json"))
+    with pytest.raises(QuantizeError, match="sentinel 96 is outside the model's vocabulary of 96"):
+        load_text(tmp_path / "text.txt", config=config, model_dir=model_dir, samples=5, seed=0, length=64)
+    (model_dir / "tokenizer.json").write_text("{}")
+    with pytest.raises(QuantizeError, match=r"tokenizer\.json: not a readable tokenizer"):
+        load_text(tmp_path / "text.txt", config=config, model_dir=model_dir, samples=5, seed=0, length=64)
+
+
+def test_pad_labels_do_not_count(model_dir: Path, samples: Samples, tmp_path: Path) -> None:
+    arrays = samples(3)
+    del arrays["decoder_input_ids"]
+    arrays["labels"][1, -2:] = 0
+    np.savez(tmp_path / "t.npz", **arrays)
+    data = load(tmp_path / "t.npz", model_dir)
+    assert data.decoder_keep()[0].all() and not data.decoder_keep()[1, -2:].any()
+
+
+def test_a_mask_is_taken_only_where_it_says_what_padding_says(model_dir: Path, samples: Samples, tmp_path: Path) -> None:
+    arrays = samples(3)
+    arrays["input_ids"][2, -4:] = 0
+    np.savez(tmp_path / "t.npz", **arrays, attention_mask=arrays["input_ids"] != 0)
+    load(tmp_path / "t.npz", model_dir)
+    np.savez(tmp_path / "t.npz", **arrays, attention_mask=np.arange(arrays["input_ids"].shape[1])[None] > 2)
+    with pytest.raises(QuantizeError, match="attention_mask masks other tokens than trailing padding"):
+        load(tmp_path / "t.npz", model_dir)
+
+
+def test_inputs_of_one_token_can_be_handed_to_torch(model_dir: Path, samples: Samples, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    arrays = samples(4)
+    arrays["input_ids"] = arrays["input_ids"][:, :1]
+    arrays["labels"][:, 0] = 80
+    np.savez(tmp_path / "t.npz", **arrays)
+    assert torch.from_numpy(load(tmp_path / "t.npz", model_dir).encoder_keep()).all()
+
+
+def test_damaged_archives_are_one_clear_error(model_dir: Path, samples: Samples, tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "whole.npz", **samples(400))
+    whole = (tmp_path / "whole.npz").read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 4 : len(whole) // 4 + 6] = b"\xff\x00\xff\x00\xaa\x55"
+    (tmp_path / "stream.npz").write_bytes(damaged)
+    (tmp_path / "empty.npz").write_bytes(b"")
+    np.save(tmp_path / "array.npy", np.zeros((2, 2), np.int16))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    with zipfile.ZipFile(tmp_path / "member.npz", "w") as archive:
+        archive.writestr("input_ids.npy", b"abc")
+        archive.writestr("labels.npy", b"")
+    for name in ("stream.npz", "empty.npz", "array.npz", "member.npz"):
+        with pytest.raises(QuantizeError, match=name):
+            load(tmp_path / name, model_dir)
