@@ -20,7 +20,10 @@ Tensor = torch.Tensor
 
 EXPERT = re.compile(r"^(?P<layer>.+\.mlp\.experts\.)expert_(?P<expert>\d+)\.(?P<which>wi|wo)\.weight$")
 PROJECTIONS = ("wi", "wo")
+# What experts may be stored in, the coarsest mantissa first.
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# Of one weight. Sums of squares of larger ones do not fit into float32.
+LARGEST_WEIGHT = 1e15
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -47,14 +50,15 @@ class SparseLayer:
 class Checkpoint:
     """A checkpoint directory opened for lazy reading.
 
-    Only file headers are read when it is opened; ``load`` reads the tensors asked for.
+    Only file headers are read when it is opened, and embeddings that are stored several times; ``load`` reads the
+    tensors asked for.
     """
 
     def __init__(self, directory: Path) -> None:
-        """Open ``directory``; raises QuantizeError when anything the forward needs is missing."""
+        """Open ``directory``; raises QuantizeError when it is not the model that ``config.json`` describes."""
         self.directory = Path(directory)
         self.raw_config = _read_json(self.directory / "config.json")
-        self.config = SwitchConfig.from_json(self.raw_config)
+        self.config = SwitchConfig.from_json(self.raw_config, where=str(self.directory / "config.json"))
         self.files = _locate(self.directory)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -83,6 +87,12 @@ class Checkpoint:
     def dense_names(self) -> tuple[str, ...]:
         """The names of everything that is not an expert matrix, sorted."""
         return tuple(name for name in self.names if not EXPERT.match(name))
+
+    @property
+    def level_dtype(self) -> torch.dtype:
+        """What levels are rounded to: the coarsest dtype of the experts, whose values all of them hold."""
+        found = {self.dtypes[name] for name in self.expert_names}
+        return next(dtype for name, dtype in TORCH_DTYPES.items() if name in found)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Give a tensor's shape without reading it."""
@@ -114,6 +124,9 @@ class Checkpoint:
         """Stack some experts' matrices, float32[experts, rows, cols]."""
         names = [layer.expert_name(e, which) for e in experts]
         loaded = self.load(names, device=device)
+        for name, tensor in loaded.items():
+            if float(tensor.abs().amax()) > LARGEST_WEIGHT:
+                raise QuantizeError(f"{self.files[name].name}: {name} holds weights beyond {LARGEST_WEIGHT:g}")
         return torch.stack([loaded[name] for name in names])
 
     def fingerprint(self) -> str:
@@ -137,8 +150,14 @@ class Checkpoint:
     def _sparse_layers(self) -> tuple[SparseLayer, ...]:
         layers = []
         for stack in ("encoder", "decoder"):
-            for block in range(self.config.blocks(stack)):
+            count = self.config.blocks(stack)
+            if f"{stack}.block.{count - 1}.layer.0.layer_norm.weight" not in self.files:
+                raise QuantizeError(f"{self.directory}: holds no {stack} of {count} blocks, which config.json asks for")
+            for block in range(count):
                 prefix = self.config.ffn_prefix(stack, block)
+                if is_sparse(self.files, prefix) != self.config.is_sparse(stack, block):
+                    has, wants = ("experts", "none") if is_sparse(self.files, prefix) else ("no experts", "some")
+                    raise QuantizeError(f"{self.directory}: {stack} block {block} has {has}, config.json asks for {wants}")
                 if is_sparse(self.files, prefix):
                     layers.append(SparseLayer(stack, block, prefix))
         if not layers:
@@ -151,6 +170,8 @@ class Checkpoint:
         expected: dict[str, tuple[int, ...]] = {"shared.weight": (config.vocabulary, config.d_model)}
         for layer in self.layers:
             expected[f"{layer.prefix}mlp.router.classifier.weight"] = (config.experts, config.d_model)
+            if config.router_bias:
+                expected[f"{layer.prefix}mlp.router.classifier.bias"] = (config.experts,)
             for expert in range(config.experts):
                 expected[layer.expert_name(expert, "wi")] = (config.d_ff, config.d_model)
                 expected[layer.expert_name(expert, "wo")] = (config.d_model, config.d_ff)
@@ -172,11 +193,9 @@ class Checkpoint:
                 if prefix not in sparse:
                     expected[f"{prefix}mlp.wi.weight"] = (config.d_ff, config.d_model)
                     expected[f"{prefix}mlp.wo.weight"] = (config.d_model, config.d_ff)
-        if not config.tied:
-            expected["lm_head.weight"] = (config.vocabulary, config.d_model)
-        for name in self.expert_names:
-            if self.dtypes[name] not in TORCH_DTYPES:
-                raise QuantizeError(f"{self.directory}: {name} has dtype {self.dtypes[name]}, which cannot be quantized")
+        copies = dict.fromkeys(("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), expected["shared.weight"])
+        (copies if config.tied else expected)["lm_head.weight"] = expected["shared.weight"]
+        expected |= {name: shape for name, shape in copies.items() if name in self._shapes}
         for name, shape in expected.items():
             if name not in self._shapes:
                 raise QuantizeError(f"{self.directory}: tensor {name} is missing")
@@ -184,6 +203,20 @@ class Checkpoint:
                 raise QuantizeError(
                     f"{self.directory}: {name} has shape {list(self._shapes[name])}, config.json says {list(shape)}"
                 )
+        if left := sorted(self._shapes.keys() - expected.keys()):
+            raise QuantizeError(f"{self.directory}: tensor {left[0]} has no place in the model that config.json describes")
+        for name, dtype in self.dtypes.items():
+            if dtype not in TORCH_DTYPES and (dtype != "F64" or EXPERT.match(name)):
+                raise QuantizeError(f"{self.directory}: {name} has dtype {dtype}, which the quantizer does not take")
+        if config.tied:
+            self._check_copies(tuple(name for name in copies if name in self._shapes))
+
+    def _check_copies(self, names: tuple[str, ...]) -> None:
+        """Raise QuantizeError where a tied embedding is stored again with other values."""
+        for name in names:
+            pair = self.load(["shared.weight", name], dtype=None)
+            if not torch.equal(pair["shared.weight"], pair[name]):
+                raise QuantizeError(f"{self.directory}: {name} differs from shared.weight, to which config.json ties it")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -191,7 +224,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise QuantizeError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise QuantizeError(f"{path}: cannot be read ({error})") from None
     if not isinstance(value, dict):
         raise QuantizeError(f"{path}: not a JSON object")
@@ -202,6 +235,8 @@ def _locate(directory: Path) -> dict[str, Path]:
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
     if index.exists():
+        if single.exists():
+            raise QuantizeError(f"{directory} holds both {single.name} and {index.name}: which of them counts?")
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, Mapping) or not weight_map:
             raise QuantizeError(f"{index}: no weight_map")
@@ -211,7 +246,9 @@ def _locate(directory: Path) -> dict[str, Path]:
                 raise QuantizeError(f"{directory}: shard {file.name}, listed in the index, is missing")
         return files
     if not single.is_file():
-        raise QuantizeError(f"{directory}: neither model.safetensors nor model.safetensors.index.json")
+        pickled = sorted(file.name for file in directory.glob("pytorch_model*.bin"))
+        hint = f", only {pickled[0]}: save it again with transformers, which writes safetensors" if pickled else ""
+        raise QuantizeError(f"{directory}: holds neither model.safetensors nor model.safetensors.index.json{hint}")
     return dict.fromkeys(_header(single), single)
 
 
@@ -220,9 +257,12 @@ def _header(file: Path) -> dict[str, Any]:
     try:
         with safe_open(file, framework="pt", device="cpu") as handle:
             keys = list(handle.keys())
+            is_packed = "qmoecodec" in (handle.metadata() or {})
         with file.open("rb") as raw:
             size = int.from_bytes(raw.read(8), "little")
             header = json.loads(raw.read(size))
     except (OSError, SafetensorError, ValueError) as error:
         raise QuantizeError(f"{file}: not a readable safetensors file ({error})") from None
+    if is_packed:
+        raise QuantizeError(f"{file}: is packed already; quantizing starts from the original checkpoint")
     return {key: header[key] for key in keys}

@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmoecodec.cli import json_option
+
 if TYPE_CHECKING:
     from .plan import Plan
 
+# From this relative difference on a target counts as missed. Small matrices leave steps in what can be reached.
+MISSED_TARGET = 0.02
 _DEFAULT_SAMPLES = "all of a token file, 1024 of a text"
 
 
@@ -37,6 +41,8 @@ _DEFAULT_SAMPLES = "all of a token file, 1024 of a text"
               help="Experts with fewer tokens are rounded to nearest.")  # fmt: skip
 @click.option("--max-fallback", type=click.FloatRange(0, 1), default=1.0, show_default=True,
               help="Fail when a larger share of the expert matrices is rounded to nearest.")  # fmt: skip
+@click.option("--check-fit/--no-check-fit", default=True, show_default=True,
+              help="Refuse calibration data that the model predicts no better than chance.")  # fmt: skip
 @click.option("--group", type=int, default=16, show_default=True, help="Experts quantized at once.")
 @click.option("--batch", type=int, default=32, show_default=True, help="Samples per tuning step.")
 @click.option("--resample/--no-resample", default=True, show_default=True,
@@ -50,7 +56,7 @@ _DEFAULT_SAMPLES = "all of a token file, 1024 of a text"
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
 @click.option("--dry-run", is_flag=True, help="Estimate memory and time, write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@json_option
 def quantize(
     model_dir: Path,
     calibration: Path,
@@ -59,6 +65,7 @@ def quantize(
     epochs: float | None,
     resume: bool,
     max_fallback: float,
+    check_fit: bool,
     offload: bool,
     keep_work: bool,
     form: str,
@@ -73,8 +80,6 @@ def quantize(
     output is a packed checkpoint directory. A run that was stopped continues where it was
     when the same command is given again.
     """
-    from .errors import QuantizeError
-
     try:
         from .run import Options, prepare, quantize_checkpoint
         from .settings import Settings
@@ -82,22 +87,22 @@ def quantize(
         raise click.ClickException(f"quantize needs torch: pip install 'qmoecodec[torch]' ({error})") from None
     if out is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
-    try:
-        if epochs is not None:
-            rest["epochs"] = epochs
-        settings = Settings(**rest)
-        options = Options(
-            resume=resume, max_fallback=max_fallback, offload=offload, keep_work=keep_work,
-            packed=form == "packed", threads=threads,
-        )  # fmt: skip
-        checkpoint, data, plan = prepare(model_dir, calibration, samples=samples, settings=settings, options=options)
-        if dry_run:
-            print_plan(plan, as_json=as_json)
-            return
-        assert out is not None
-        report = quantize_checkpoint(checkpoint, data, plan, out, settings=settings, options=options, progress=_progress())
-    except (QuantizeError, OSError) as error:
-        raise click.ClickException(str(error)) from None
+    if epochs is not None:
+        rest["epochs"] = epochs
+    settings = Settings(**rest)
+    options = Options(
+        resume=resume, max_fallback=max_fallback, check_fit=check_fit, offload=offload, keep_work=keep_work,
+        packed=form == "packed", threads=threads,
+    )  # fmt: skip
+    checkpoint, data, plan = prepare(model_dir, calibration, samples=samples, settings=settings, options=options)
+    if dry_run:
+        print_plan(plan, as_json=as_json)
+        return
+    assert out is not None
+    report = quantize_checkpoint(checkpoint, data, plan, out, settings=settings, options=options, progress=_progress())
+    bits, target = report["payload_bits_per_weight"], report["target_bits"]
+    if target is not None and abs(bits / target - 1) > MISSED_TARGET:
+        click.echo(f"note: --target-bits {target} was missed: the payload has {bits:.4f} bits/weight", err=True)
     if as_json:
         click.echo(json.dumps(report))
     else:

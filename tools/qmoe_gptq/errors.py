@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from qmoecodec.errors import QMoEError
 
-class QuantizeError(ValueError):
+
+class QuantizeError(QMoEError, ValueError):
     """Report a checkpoint, calibration set or setting the quantizer cannot work with.
 
     The message names the file, tensor or option at fault. Nothing has been written to

@@ -21,12 +21,23 @@ from .errors import QuantizeError
 Tensor = torch.Tensor
 Weights = Mapping[str, Tensor]
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu, "gelu": F.gelu, "gelu_new": _gelu_tanh, "gelu_pytorch_tanh": _gelu_tanh, "silu": F.silu, "swish": F.silu,
+}  # fmt: skip
+_ROUTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
 class SwitchConfig:
-    """The facts of ``config.json`` that the forward pass needs."""
+    """The facts of ``config.json`` that the forward pass needs.
+
+    sparse_steps : of encoder and decoder, by transformers' rule: blocks 1, 1 + step, ... are sparse; all with 1, none with 0
+    """
 
     d_model: int
     d_kv: int
@@ -44,42 +55,59 @@ class SwitchConfig:
     pad_id: int
     start_id: int
     eos_id: int
+    router_bias: bool
+    router_dtype: torch.dtype
+    sparse_steps: tuple[int, int]
 
     @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> SwitchConfig:
-        """Read a transformers ``config.json``.
+    def from_json(cls, config: Mapping[str, Any], *, where: str = "config.json") -> SwitchConfig:
+        """Read a transformers ``config.json``; ``where`` is what errors call it.
 
-        Raises QuantizeError: not a Switch Transformer, or a field missing or unsupported.
+        Raises QuantizeError: not a Switch Transformer, or a field missing, of a wrong type or unsupported.
         """
+        fields = _Fields(config, where)
         if config.get("model_type") != "switch_transformers":
-            raise QuantizeError(f"config.json: model_type is {config.get('model_type')!r}, not 'switch_transformers'")
+            raise QuantizeError(f"{where}: model_type is {config.get('model_type')!r}, not 'switch_transformers'")
         if config.get("is_gated_act"):
-            raise QuantizeError("config.json: gated experts (is_gated_act) are not supported")
-        activation = config.get("dense_act_fn", "relu")
-        if activation not in _ACTIVATIONS:
-            raise QuantizeError(f"config.json: dense_act_fn {activation!r} is not supported")
-        try:
-            start = config.get("decoder_start_token_id")
-            return cls(
-                d_model=int(config["d_model"]),
-                d_kv=int(config["d_kv"]),
-                d_ff=int(config["d_ff"]),
-                heads=int(config["num_heads"]),
-                encoder_blocks=int(config["num_layers"]),
-                decoder_blocks=int(config.get("num_decoder_layers") or config["num_layers"]),
-                experts=int(config["num_experts"]),
-                vocabulary=int(config["vocab_size"]),
-                buckets=int(config.get("relative_attention_num_buckets", 32)),
-                max_distance=int(config.get("relative_attention_max_distance", 128)),
-                epsilon=float(config.get("layer_norm_epsilon", 1e-6)),
-                activation=activation,
-                tied=bool(config.get("tie_word_embeddings", True)),
-                pad_id=int(config.get("pad_token_id") or 0),
-                start_id=int(start if start is not None else config.get("pad_token_id") or 0),
-                eos_id=int(config["eos_token_id"]) if config.get("eos_token_id") is not None else 1,
+            raise QuantizeError(f"{where}: gated experts (is_gated_act) are not supported")
+        vocabulary = fields.integer("vocab_size")
+        blocks = fields.integer("num_layers")
+        decoder_blocks = blocks if config.get("num_decoder_layers") is None else fields.integer("num_decoder_layers")
+        buckets = fields.integer("relative_attention_num_buckets", 32)
+        distance = fields.integer("relative_attention_max_distance", 128)
+        if buckets < 4 or distance <= buckets // 2:
+            raise QuantizeError(
+                f"{where}: relative_attention_num_buckets {buckets} and relative_attention_max_distance {distance} do not go "
+                "together: at least 4 buckets, and a distance above half of them"
             )
-        except KeyError as missing:
-            raise QuantizeError(f"config.json: field {missing} is missing") from None
+        pad = fields.token("pad_token_id", vocabulary)
+        start = fields.token("decoder_start_token_id", vocabulary)
+        return cls(
+            d_model=fields.integer("d_model"),
+            d_kv=fields.integer("d_kv"),
+            d_ff=fields.integer("d_ff"),
+            heads=fields.integer("num_heads"),
+            encoder_blocks=blocks,
+            decoder_blocks=decoder_blocks,
+            experts=fields.integer("num_experts"),
+            vocabulary=vocabulary,
+            buckets=buckets,
+            max_distance=distance,
+            epsilon=fields.number("layer_norm_epsilon", 1e-6),
+            activation=fields.one_of("dense_act_fn", "relu", _ACTIVATIONS),
+            tied=fields.flag("tie_word_embeddings", default=True),
+            pad_id=pad or 0,
+            start_id=start if start is not None else pad or 0,
+            eos_id=fields.end_token(),
+            router_bias=fields.flag("router_bias", default=False),
+            router_dtype=_ROUTER_DTYPES[fields.one_of("router_dtype", "float32", _ROUTER_DTYPES)],
+            sparse_steps=(fields.sparse_step("encoder", blocks), fields.sparse_step("decoder", decoder_blocks)),
+        )
+
+    def is_sparse(self, stack: str, block: int) -> bool:
+        """Tell whether a block has experts, by transformers' rule."""
+        step = self.sparse_steps[stack == "decoder"]
+        return step == 1 or (step > 1 and block % step == 1)
 
     def blocks(self, stack: str) -> int:
         """Count the blocks of ``"encoder"`` or ``"decoder"``."""
@@ -88,6 +116,65 @@ class SwitchConfig:
     def ffn_prefix(self, stack: str, block: int) -> str:
         """Name the feed-forward sub-layer of a block, with a trailing dot."""
         return f"{stack}.block.{block}.layer.{1 if stack == 'encoder' else 2}."
+
+
+class _Fields:
+    """Typed access to a config; whatever is not as it should be is a QuantizeError that names the field."""
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        self._config, self._where = config, where
+
+    def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        if key not in self._config and default is None:
+            raise QuantizeError(f"{self._where}: field {key!r} is missing")
+        value = self._config.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+            raise QuantizeError(f"{self._where}: {key} is {value!r}, not an integer from {least} on")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self._config.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+            raise QuantizeError(f"{self._where}: {key} is {value!r}, not a number from 0 on")
+        return float(value)
+
+    def flag(self, key: str, *, default: bool) -> bool:
+        value = self._config.get(key, default)
+        if not isinstance(value, bool):
+            raise QuantizeError(f"{self._where}: {key} is {value!r}, not true or false")
+        return value
+
+    def one_of(self, key: str, default: str, known: Iterable[str]) -> str:
+        value = self._config.get(key, default)
+        if not isinstance(value, str) or value not in known:
+            raise QuantizeError(f"{self._where}: {key} {value!r} is not supported, only {', '.join(known)}")
+        return value
+
+    def token(self, key: str, vocabulary: int) -> int | None:
+        value = self._config.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocabulary:
+            raise QuantizeError(f"{self._where}: {key} is {value!r}, not a token of the vocabulary of {vocabulary}")
+        return value
+
+    def end_token(self) -> int:
+        """Give the token that ends a text; of several, the first."""
+        value = self._config.get("eos_token_id")
+        if isinstance(value, list) and value:
+            value = value[0]
+        if value is None:
+            return 1
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise QuantizeError(f"{self._where}: eos_token_id is {value!r}, not a token")
+        return value
+
+    def sparse_step(self, stack: str, blocks: int) -> int:
+        """Find the step as transformers does: as it is written, else from the number of sparse layers."""
+        if f"{stack}_sparse_step" in self._config:
+            return self.integer(f"{stack}_sparse_step", least=0)
+        sparse = self.integer(f"num_sparse_{stack}_layers", 3, least=0)
+        return blocks // sparse if sparse else blocks
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -115,6 +202,17 @@ def relative_bias(table: Tensor, queries: int, keys: int, *, bidirectional: bool
     ).long().clamp_max(buckets - exact - 1)
     bucket += torch.where(distance < exact, distance, far)
     return table[bucket.to(table.device)].permute(2, 0, 1)[None]
+
+
+def embedding_name(weights: Iterable[str], stack: str) -> str:
+    """Name the embedding of a stack: its own, which an untied model may have, or the shared one."""
+    own = f"{stack}.embed_tokens.weight"
+    return own if own in weights else "shared.weight"
+
+
+def embed(weights: Weights, stack: str, ids: Tensor) -> Tensor:
+    """Look up a stack's token embeddings, [..., d]."""
+    return F.embedding(ids, weights[embedding_name(weights, stack)])
 
 
 def attention(config: SwitchConfig, weights: Weights, prefix: str, x: Tensor, memory: Tensor, bias: Tensor | None) -> Tensor:
@@ -185,11 +283,13 @@ def activate(config: SwitchConfig, x: Tensor) -> Tensor:
     return _ACTIVATIONS[config.activation](x)
 
 
-def route(weights: Weights, ffn_prefix: str, normed: Tensor) -> tuple[Tensor, Tensor]:
-    """Pick each token's expert: (probability float32[tokens], expert int64[tokens])."""
-    bias = weights.get(f"{ffn_prefix}mlp.router.classifier.bias")
-    logits = F.linear(normed, weights[f"{ffn_prefix}mlp.router.classifier.weight"], bias)
-    return torch.softmax(logits, dim=-1).max(dim=-1)
+def route(config: SwitchConfig, weights: Weights, ffn_prefix: str, normed: Tensor) -> tuple[Tensor, Tensor]:
+    """Pick each token's expert, computed in ``router_dtype``: (probability float32[tokens], expert int64[tokens])."""
+    dtype = config.router_dtype
+    weight, bias = (weights.get(f"{ffn_prefix}mlp.router.classifier.{name}") for name in ("weight", "bias"))
+    assert weight is not None
+    logits = F.linear(normed.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return torch.softmax(logits, dim=-1).to(normed.dtype).max(dim=-1)
 
 
 def is_sparse(names: Iterable[str], ffn_prefix: str) -> bool:
@@ -207,7 +307,7 @@ def sparse_ffn(config: SwitchConfig, weights: Weights, ffn_prefix: str, x: Tenso
     """Run a sparse feed-forward sub-layer with its residual; all its experts are resident."""
     flat = x.reshape(-1, x.shape[-1])
     normed = rms_norm(flat, weights[f"{ffn_prefix}layer_norm.weight"], config.epsilon)
-    probability, expert = route(weights, ffn_prefix, normed)
+    probability, expert = route(config, weights, ffn_prefix, normed)
     order = torch.argsort(expert, stable=True)
     counts = torch.bincount(expert, minlength=config.experts).tolist()
     parts = []
@@ -267,13 +367,12 @@ def forward(
     keep: Tensor | None = None,
 ) -> Tensor:
     """Run a resident model: int64[n, s], int64[n, t] -> logits float32[n, t, vocabulary]."""
-    table = weights["shared.weight"]
-    memory = run_stack(config, weights, "encoder", F.embedding(input_ids, table), keep=keep)
+    memory = run_stack(config, weights, "encoder", embed(weights, "encoder", input_ids), keep=keep)
     hidden = run_stack(
         config,
         weights,
         "decoder",
-        F.embedding(decoder_input_ids, table),
+        embed(weights, "decoder", decoder_input_ids),
         memory=memory,
         memory_keep=keep,
     )

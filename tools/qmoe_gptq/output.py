@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from .checkpoint import EXPERT, TOKENIZER_FILES, TORCH_DTYPES, Checkpoint
 from .errors import QuantizeError
 from .results import Results
-from .store import sync
+from .store import save_tensors, sync
 
 Tensor = torch.Tensor
 REPORT = "quantize.json"
@@ -40,7 +39,7 @@ def write_dense(checkpoint: Checkpoint, directory: Path, results: Results, chang
                 tensors[name] = changed[name].to("cpu", dtype).contiguous()
             else:
                 tensors[name] = checkpoint.load([name], dtype=None)[name]
-        save_file(tensors, directory / file.name, metadata={"format": "pt"})
+        save_tensors(tensors, directory / file.name, {"format": "pt"})
         del tensors
     index = checkpoint.directory / "model.safetensors.index.json"
     if index.exists():

@@ -41,6 +41,7 @@ class Options:
     """How to run, none of which changes the result.
 
     offload : activations in files instead of in memory
+    check_fit : refuse calibration data that the original model predicts no better than chance
     """
 
     resume: bool = True
@@ -49,6 +50,12 @@ class Options:
     keep_work: bool = False
     packed: bool = True
     threads: int | None = None
+    check_fit: bool = True
+
+    def __post_init__(self) -> None:
+        """Raise QuantizeError when an option is out of its range."""
+        if not 0 <= self.max_fallback <= 1:
+            raise QuantizeError("max fallback must be a share, 0 to 1")
 
 
 def load_calibration(path: Path, checkpoint: Checkpoint, *, samples: int | None, seed: int) -> Calibration:
@@ -56,9 +63,12 @@ def load_calibration(path: Path, checkpoint: Checkpoint, *, samples: int | None,
     if not path.is_file():
         raise QuantizeError(f"{path}: no such file")
     config, directory = checkpoint.config, checkpoint.directory
-    if path.suffix == ".npz":
-        return load_tokens(path, config=config, model_dir=directory).head(samples)
-    return load_text(path, config=config, model_dir=directory, samples=samples or 1024, seed=seed)
+    if path.suffix != ".npz":
+        return load_text(path, config=config, model_dir=directory, samples=samples or 1024, seed=seed)
+    data = load_tokens(path, config=config, model_dir=directory).head(samples)
+    if not data.decoder_keep().any():
+        raise QuantizeError(f"{path}: no label counts, all of the {data.samples} samples' are -100 or the pad token")
+    return data
 
 
 def prepare(
@@ -94,10 +104,11 @@ def quantize_checkpoint(
     Unfinished work lies in ``OUT.work`` beside the output, which appears only when whole.
     Raises QuantizeError: see the message; the output directory does not exist then.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise QuantizeError(f"{out}: exists already, choose another output directory")
     started = time.monotonic()
-    check_fit(checkpoint, data, settings)
+    if options.check_fit:
+        check_fit(checkpoint, data, settings)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = out.with_name(out.name + ".work")
     tune, fingerprint = _settle_run(work, checkpoint, data, plan, settings, resume=options.resume)
@@ -112,7 +123,7 @@ def quantize_checkpoint(
         max_fallback=options.max_fallback, progress=progress,
     )  # fmt: skip
     layers = walk.run()
-    dtype = walk.dtype(checkpoint.layers[0])
+    dtype = checkpoint.level_dtype
     del walk
     shutil.rmtree(work / "scratch", ignore_errors=True)
     seconds["walk"] = time.monotonic() - mark
@@ -191,7 +202,7 @@ def check_fit(checkpoint: Checkpoint, data: Calibration, settings: Settings) -> 
     size = 4 * (planning.expert_weights(checkpoint) + planning.dense_weights(checkpoint))
     if size > planning.MEMORY_SHARE * planning.available_memory(settings.device):
         return
-    d = data.head(CHECK_SAMPLES)
+    d = data.take(np.flatnonzero(data.decoder_keep().any(1))[:CHECK_SAMPLES].tolist())
     keep = torch.from_numpy(d.encoder_keep())
     given = net.forward(
         checkpoint.config,
@@ -202,10 +213,10 @@ def check_fit(checkpoint: Checkpoint, data: Calibration, settings: Settings) -> 
     )
     loss = float(F.cross_entropy(given.flatten(0, 1), torch.from_numpy(d.labels).flatten()))
     chance = float(np.log(checkpoint.config.vocabulary))
-    if loss >= chance:
+    if not loss < chance:
         raise QuantizeError(
             f"the original model's loss on the calibration data is {loss:.2f}, guessing gives {chance:.2f}: "
-            "calibration data of another model?"
+            "calibration data of another model? (--no-check-fit for a model that has not been trained)"
         )
 
 
@@ -241,10 +252,10 @@ def _settle_run(
     }
     path = work / "run.json"
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8")) if resume else {}
+        earlier = json.loads(path.read_text(encoding="utf-8")) if resume else None
     except (OSError, ValueError):
-        earlier = {}
-    if earlier.get("inputs") == facts["inputs"]:
+        earlier = None
+    if isinstance(earlier, dict) and earlier.keys() == facts.keys() and earlier["inputs"] == facts["inputs"]:
         facts = earlier
         torch.set_num_threads(int(facts["threads"]))
     else:

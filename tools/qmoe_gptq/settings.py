@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 
 from .errors import QuantizeError
@@ -56,12 +57,14 @@ class Settings:
                 raise QuantizeError(f"target bits {self.target_bits} is outside {LOWEST_BITS}..{HIGHEST_BITS}")
         if self.method != "gptq" and self.tune not in ("auto", "none"):
             raise QuantizeError(f"--tune {self.tune} needs --method gptq")
-        if not self.damping > 0:
-            raise QuantizeError("damping must be above 0")
-        if not self.token_cap >= 1:
-            raise QuantizeError("token cap must be at least 1 (times the mean)")
-        if self.group < 1 or self.batch < 1 or self.min_tokens < 1 or not self.epochs > 0:
-            raise QuantizeError("group, batch, min tokens and epochs must be positive")
+        if not 0 < self.damping < math.inf:
+            raise QuantizeError("damping must be a number above 0")
+        if not 1 <= self.token_cap < math.inf:
+            raise QuantizeError("token cap must be a number from 1 on (times the mean)")
+        if self.group < 1 or self.batch < 1 or self.min_tokens < 1 or not 0 < self.epochs < math.inf:
+            raise QuantizeError("group, batch, min tokens and epochs must be positive numbers")
+        if self.seed < 0:
+            raise QuantizeError("seed must be 0 or more")
 
     @property
     def masks_special(self) -> bool:

@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .errors import QuantizeError
+
 Tensor = torch.Tensor
 
 
@@ -50,7 +52,7 @@ class UnitStore:
         path = self.directory / f"{key}.safetensors"
         partial = path.with_suffix(".partial")
         data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(data, partial, metadata={**facts, "fingerprint": self.fingerprint})
+        save_tensors(data, partial, {**facts, "fingerprint": self.fingerprint})
         sync(partial)
         os.replace(partial, path)
         sync(self.directory)
@@ -59,6 +61,14 @@ class UnitStore:
     def remove(self, key: str) -> None:
         """Delete a unit that is no longer needed."""
         (self.directory / f"{key}.safetensors").unlink(missing_ok=True)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file; raises QuantizeError where the disk does not take it."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # the library makes this of an OSError
+        raise QuantizeError(f"{path}: cannot be written ({error})") from None
 
 
 def sync(path: Path) -> None:

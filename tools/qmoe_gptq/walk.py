@@ -18,7 +18,7 @@ from . import model as net
 from .block import refine_group
 from .buffer import CHUNK_TOKENS, ListBuffer
 from .calibration import Calibration, Int64
-from .checkpoint import PROJECTIONS, TORCH_DTYPES, Checkpoint, SparseLayer
+from .checkpoint import PROJECTIONS, Checkpoint, SparseLayer
 from .errors import QuantizeError
 from .experts import quantize_group
 from .gptq import dense
@@ -89,7 +89,8 @@ class Walk:
         memories: dict[str, ListBuffer | None] = dict.fromkeys(followed)
         for stack in ("encoder", "decoder"):
             ids = self.data.input_ids if stack == "encoder" else self.data.decoder_input_ids
-            table = self.checkpoint.load(["shared.weight"])["shared.weight"]
+            name = net.embedding_name(self.checkpoint.files, stack)
+            table = self.checkpoint.load([name])[name]
             flows = {name: Flow(self._embed(ids, table), memories[name]) for name in followed}
             del table
             for block in range(self.config.blocks(stack)):
@@ -159,7 +160,7 @@ class Walk:
         for start, stop in self._batches(x):
             rows = x.batch(start, stop).flatten(0, 1)
             normed = net.rms_norm(rows, weights[f"{layer.prefix}layer_norm.weight"], self.config.epsilon)
-            parts.append(tuple(t.cpu() for t in net.route(weights, layer.prefix, normed)))
+            parts.append(tuple(t.cpu() for t in net.route(self.config, weights, layer.prefix, normed)))
         return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts])
 
     def _sparse(self, layer: SparseLayer, weights: net.Weights, flows: Mapping[str, Flow]) -> None:
@@ -233,7 +234,7 @@ class Walk:
         shares = [probability[t].to(self.device) for t in chosen]
         matrices = quantize_group(
             self.config, wi, wo, normed, shares,
-            settings=self.settings, dtype=self.dtype(layer), target_bits=self.target_bits,
+            settings=self.settings, dtype=self.checkpoint.level_dtype, target_bits=self.target_bits,
         )  # fmt: skip
         return Unit(
             matrices={which: m.ternary for which, m in matrices.items()},
@@ -262,13 +263,9 @@ class Walk:
             [probability[t].to(self.device) for t in taught],
             [targets.gather(t) - rows for t, rows in zip(taught, inputs, strict=True)],
             settings=self.settings,
-            dtype=self.dtype(layer),
+            dtype=self.checkpoint.level_dtype,
             seed=(layer.stack == "decoder", layer.block, group[0]),
         )
-
-    def dtype(self, layer: SparseLayer) -> torch.dtype:
-        """Give the checkpoint's dtype of a layer's experts."""
-        return TORCH_DTYPES[self.checkpoint.dtypes[layer.expert_name(0, "wi")]]
 
     def _apply(self, x: ListBuffer, tokens: Tensor, probability: Tensor, norm: Tensor, wi: Tensor, wo: Tensor) -> None:
         """Add one expert's output to its tokens."""

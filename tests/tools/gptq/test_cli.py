@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 from qmoe_gptq import run as module
-from qmoe_gptq.cli import quantize
+from qmoecodec.cli import main
 
 
 def call(*arguments: Any) -> Result:
     """Run the command in this process."""
-    return CliRunner().invoke(quantize, [str(a) for a in arguments])
+    return CliRunner().invoke(main, ["quantize", *(str(a) for a in arguments)])
 
 
 def test_dry_run_estimates_and_writes_nothing(model_dir: Path, tokens: Path, tmp_path: Path) -> None:
@@ -66,6 +68,11 @@ def test_packed_output_unpacks_to_the_dense_one(model_dir: Path, tokens: Path, t
         (["--method", "rtn", "--tune", "block"], "needs --method gptq"),
         (["--token-cap", "0.5"], "token cap"),
         (["--damping", "0"], "damping"),
+        (["--damping", "inf"], "damping"),
+        (["--token-cap", "inf"], "token cap"),
+        (["--epochs", "inf"], "epochs"),
+        (["--seed", "-1"], "seed"),
+        (["--max-fallback", "nan"], "max fallback"),
         (["--calibration", "nowhere.npz"], "no such file"),
     ],
 )
@@ -85,3 +92,44 @@ def test_a_missing_device_is_an_error(model_dir: Path, tokens: Path, tmp_path: P
     monkeypatch.setattr(module.planning.torch.cuda, "is_available", lambda: False)
     result = call(model_dir, "--calibration", tokens, "-o", tmp_path / "o", "--device", "cuda")
     assert result.exit_code == 1 and "CUDA" in result.stderr
+
+
+def test_errors_are_json_too(model_dir: Path, tokens: Path, tmp_path: Path) -> None:
+    result = call(model_dir, "--calibration", tokens, "-o", tmp_path / "o", "--damping", "0", "--json")
+    assert result.exit_code == 1 and "damping" in json.loads(result.stdout)["error"]["message"]
+
+
+def test_a_target_out_of_reach_is_said(make_model: Callable[..., Path], tokens: Path, tmp_path: Path) -> None:
+    directory = make_model(sizes={"d_ff": 3, "d_model": 7, "d_kv": 4, "num_heads": 1})
+    arguments = (directory, "--calibration", tokens, "-o", tmp_path / "o", "--tune", "none", "--target-bits", "0.3", "--json")
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    payload = json.loads(result.stdout)["payload_bits_per_weight"]
+    assert payload > 0.4 and f"note: --target-bits 0.3 was missed: the payload has {payload:.4f}" in result.stderr
+
+
+def test_a_random_model_needs_an_option(
+    model_dir: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check_fit: Any
+) -> None:
+    monkeypatch.setattr(module, "check_fit", check_fit)
+    arguments = (model_dir, "--calibration", tokens, "-o", tmp_path / "o", "--method", "rtn", "--format", "dense")
+    result = call(*arguments)
+    assert result.exit_code == 1 and "--no-check-fit" in result.stderr
+    assert call(*arguments, "--no-check-fit").exit_code == 0
+
+
+def test_samples_without_labels_are_refused(model_dir: Path, samples: Callable[..., Any], tmp_path: Path) -> None:
+    arrays = samples(4)
+    arrays["labels"][0] = -100
+    np.savez(tmp_path / "t.npz", **arrays)
+    result = call(model_dir, "--calibration", tmp_path / "t.npz", "-o", tmp_path / "o", "--samples", 1)
+    assert result.exit_code == 1 and "no label counts" in result.stderr
+    result = call(model_dir, "--calibration", tmp_path / "t.npz", "-o", tmp_path / "o", "--batch", 1, "--epochs", 1)
+    assert result.exit_code == 0, result.output  # a step without labels teaches nothing, and does no harm
+
+
+def test_a_link_is_not_an_output(model_dir: Path, tokens: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "o").symlink_to("there")
+    result = call(model_dir, "--calibration", tokens, "-o", tmp_path / "o", "--method", "rtn")
+    assert result.exit_code == 1 and "exists already" in result.stderr and not (tmp_path / "o.work").exists()

@@ -244,3 +244,28 @@ def test_the_stored_report_holds_no_clock(run: Run, tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "out" / "quantize.json").read_text())
     assert stored["entropy_bits_per_weight"] == report["entropy_bits_per_weight"]
     assert "seconds" in report and "seconds" not in stored
+
+
+@pytest.mark.parametrize("content", ["[]", '{"inputs": 1}', "{"])
+def test_a_work_directory_with_an_unknown_record_is_begun_anew(run: Run, tmp_path: Path, content: str) -> None:
+    (tmp_path / "out.work").mkdir()
+    (tmp_path / "out.work" / "run.json").write_text(content)
+    run()
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+FULL_DISK = """
+import pathlib, resource, sys, torch
+from qmoe_gptq.errors import QuantizeError
+from qmoe_gptq.store import save_tensors
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try:
+    save_tensors({"x": torch.zeros(100_000)}, pathlib.Path(sys.argv[1]), {})
+except QuantizeError as error:
+    print(error)
+"""
+
+
+def test_a_file_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path / "x"], capture_output=True, text=True, check=True)
+    assert f"{tmp_path / 'x'}: cannot be written (" in done.stdout
