@@ -185,8 +185,9 @@ def test_levels_that_end_with_the_memory() -> None:
 
 def writes_while_others_run(kernel: Callable[..., Any], arguments: tuple[Any, ...], written: np.ndarray) -> bool:
     """Say whether this thread sees, while another runs a kernel, what the kernel has written first, but not what last."""
-    deadline = time.monotonic() + 15
     kernel(*arguments)  # compiles
+    assert written[0] and written[-1]
+    deadline = time.monotonic() + 15
     while time.monotonic() < deadline:
         written[...] = 0
         thread = threading.Thread(target=kernel, args=arguments)
@@ -202,24 +203,23 @@ def writes_while_others_run(kernel: Callable[..., Any], arguments: tuple[Any, ..
 def test_other_threads_run_while_a_kernel_works() -> None:
     """Were the interpreter locked, this thread would see all that a kernel writes at once."""
     rows, cols = 4000, 2000
+    codes, lengths = np.full(rows * cols, 254, np.uint8), np.full(rows, cols, np.uint32)
+    given = codes, np.arange(rows + 1) * cols, lengths, 8, 256
     levels, x = np.ones((rows, 2), np.float32), np.ones(cols, np.float32)
     out, sums, counts = np.zeros((rows, cols), np.int8), np.zeros(rows, np.float32), np.zeros(256, np.int64)
-    for name in ("gather", "copy"):
-        d = table(b"\2", b"\2\2" if name == "gather" else b"\2\2\2\2")
-        t = tables.decode_tables(d)
-        codes, lengths = np.full(rows * cols, 254, np.uint8), np.full(rows, cols, np.uint32)
-        codes[-1] = 254
-        given = codes, np.arange(rows + 1) * cols, lengths, 8, 256
-        assert q.decode_rows(codes[:cols], lengths[:1], cols=cols, dictionary=d).all()
-        if name == "gather":
-            product, more = decode.matvec_gather, (t.gather, t.three, t.last_nonzero, levels, decode.spread_x(x), cols, sums)
-            assert writes_while_others_run(decode.decode, (*given, t.lengths, t.scatter, t.three, t.last_nonzero, t.words, out),
-                                           out[:, -1])  # fmt: skip
-            codes[-1] = 255
-            assert writes_while_others_run(decode.histogram, (*given, cols, counts), counts[254:])
-        else:
-            product, more = decode.matvec_copy, (t.lengths, t.last_nonzero, t.words, levels, x, sums)
-        assert writes_while_others_run(product, (*given, *more), sums)
+    few, many = (tables.decode_tables(table(b"\2", long)) for long in (b"\2\2", b"\2\2\2\2"))
+    gather = *given, few.gather, few.three, few.last_nonzero, levels, decode.spread_x(x), cols, sums
+    assert decode.matvec_gather(*gather) == -1 and (sums == cols).all()
+    assert writes_while_others_run(decode.matvec_gather, gather, sums)
+    copy = *given, many.lengths, many.last_nonzero, many.words, levels, x, sums
+    assert decode.matvec_copy(*copy) == -1 and (sums == cols).all()
+    assert writes_while_others_run(decode.matvec_copy, copy, sums)
+    digits = *given, few.lengths, few.scatter, few.three, few.last_nonzero, few.words, out
+    assert decode.decode(*digits) == -1 and out.all()
+    assert writes_while_others_run(decode.decode, digits, out[:, -1])
+    last = codes.copy()
+    last[-1] = 255
+    assert writes_while_others_run(decode.histogram, (last, *given[1:], cols, counts), counts[254:])
     bits = np.zeros((rows, cols), np.uint32)
     assert writes_while_others_run(ternary.fill_rows, (out, np.ones((rows, 2), np.uint32), bits), bits[:, -1])
     n = 20_000
