@@ -182,9 +182,12 @@ def test_levels_and_x_are_converted(convert: Callable[[Any], Any]) -> None:
         ({"row_lengths": STACK.row_lengths.astype(np.int64)}, "row_lengths is a numpy array of uint32"),
         ({"dictionary_index": np.zeros(2, np.uint8)}, r"dictionary_index has the shape \(3,\), not \(2,\)"),
         ({"dictionaries": (None,)}, "dictionaries holds Dictionary objects, not NoneType"),
+        ({"codes": np.array(1, np.uint8)}, r"codes has one dimension, not the shape \(\)"),
         ({"shape": (3, -20, 70)}, "shape has no negative numbers"),
+        ({"shape": (3, 20, -1)}, "shape has no negative numbers"),
         ({"shape": (3, 20.0, 70)}, "integer"),
         ({"is_matrix": True}, "a matrix is one expert, not 3"),
+        ({"is_matrix": True, "shape": (0, 20, 70)}, "a matrix is one expert, not 0"),
     ],
 )
 def test_a_stack_is_checked_when_it_is_built(change: dict[str, Any], message: str) -> None:

@@ -48,6 +48,21 @@ def test_parts_of_tensors(folder: pathlib.Path) -> None:
             os.fstat(fd)
 
 
+def test_whether_a_file_comes_back_byte_for_byte(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    usual = (folder / "x.safetensors").read_bytes()
+    n = int.from_bytes(usual[:8], "little")
+    for change, expected in ((lambda h: h, True), (lambda h: h.replace(b'"k"', b'"K"'), True),
+                             (lambda h: h.replace(b":", b" :"), False), (lambda h: h.replace(b'{"', b'{ "'), False),
+                             (lambda h: h.rstrip() + 16 * b" ", False)):  # fmt: skip
+        header = change(usual[8 : 8 + n])
+        header += b" " * (-len(header) % 8)
+        (tmp_path / "one.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + usual[8 + n :])
+        with Source(tmp_path / "one.safetensors") as source:
+            assert source.is_usual == expected
+    with Source(folder) as source:  # two files, each of them usual
+        assert not source.is_usual
+
+
 def test_metadata_that_differs_is_noted_in_either_order(folder: pathlib.Path) -> None:
     with Source(folder) as source:
         assert source.metadata == {"k": "5", "m": "5"}
