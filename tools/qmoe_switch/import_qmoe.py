@@ -298,7 +298,7 @@ class _Writer:
 def _tensor_piece(name: str, tensor: Any) -> Piece:
     dtype = _DTYPE_NAMES.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None:
-        raise CheckpointImportError(f"{name} is {tensor.dtype}, which safetensors has no name for")
+        raise CheckpointImportError(f"{name} is {tensor.dtype}, which this importer does not store")
 
     def chunks() -> list[memoryview]:
         import torch

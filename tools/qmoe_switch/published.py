@@ -33,6 +33,7 @@ import numpy.typing as npt
 import torch
 
 from qmoecodec.codec.rows import decode_rows, encode_rows
+from qmoecodec.container.metadata import RESERVED_PREFIX
 from qmoecodec.dictionary import qmoe2023
 from qmoecodec.errors import FormatError
 
@@ -86,7 +87,9 @@ class Published:
         config = _read_config(self.directory / CONFIG_FILE)
         self.experts, self.d_model, self.d_ff = config["num_experts"], config["d_model"], config["d_ff"]
         self.vocabulary = config["vocab_size"]
-        prefixes = _sparse_prefixes(config)
+        prefixes = _sparse_prefixes(config, most=sum(1 for _ in self.directory.glob("exp*.pt")) + 1)
+        if not prefixes:
+            raise CheckpointImportError(f"{self.directory / CONFIG_FILE}: the model has no sparse layer, nothing to import")
         names = [f"exp{i:02d}.pt" for i in range(len(prefixes))]
         self.layers = tuple(Layer(self.directory / n, p) for n, p in zip(names, prefixes, strict=True))
         self._check_files({DENSE_FILE, SIZES_FILE, *names})
@@ -104,6 +107,10 @@ class Published:
         for name, tensor in tensors.items():
             if not isinstance(tensor, torch.Tensor):
                 raise CheckpointImportError(f"{path}: {name} is not a tensor")
+            if tensor.layout != torch.strided or tensor.device.type != "cpu":
+                raise CheckpointImportError(f"{path}: {name} is a tensor without plain values ({tensor.layout}, {tensor.device})")
+            if name == "__metadata__" or name.startswith(RESERVED_PREFIX):
+                raise CheckpointImportError(f"{path}: {name} is a name that the format keeps for itself")
             if ".mlp.experts." in name:
                 raise CheckpointImportError(f"{path}: {name} belongs to an expert, and this file holds everything else")
         needed = {"shared.weight": (self.vocabulary, self.d_model)}
@@ -163,7 +170,7 @@ class Published:
     def _check_files(self, expected: set[str]) -> None:
         found = {file.name for file in self.directory.iterdir() if file.suffix == ".pt"}
         if missing := sorted(expected - found):
-            raise CheckpointImportError(f"{self.directory}: {missing[0]} is missing ({len(self.layers)} sparse layers)")
+            raise CheckpointImportError(f"{self.directory}: {missing[0]} is missing")
         if extra := sorted(found - expected):
             is_layer = _EXPERT_FILE.fullmatch(extra[0]) is not None
             why = f"{CONFIG_FILE} has {len(self.layers)} sparse layers" if is_layer else "it is not of this layout"
@@ -172,9 +179,12 @@ class Published:
     def _read_sizes(self) -> dict[str, int]:
         path = self.directory / SIZES_FILE
         sizes = _load(path)
-        expected = {layer.matrix(e, p) for layer in self.layers for e in range(self.experts) for p in PROJECTIONS}
-        if missing := sorted(expected - sizes.keys()):
-            raise CheckpointImportError(f"{path}: {missing[0]} is missing")
+        # One by one: config.json may claim any number of experts.
+        expected = set()
+        for name in (layer.matrix(e, p) for layer in self.layers for e in range(self.experts) for p in PROJECTIONS):
+            if name not in sizes:
+                raise CheckpointImportError(f"{path}: {name} is missing")
+            expected.add(name)
         if extra := sorted(sizes.keys() - expected):
             raise CheckpointImportError(f"{path}: {extra[0]} is no matrix of the model that {CONFIG_FILE} describes")
         for name, size in sizes.items():
@@ -259,21 +269,21 @@ def _read_config(path: Path) -> dict[str, Any]:
         "num_sparse_encoder_layers", "num_sparse_decoder_layers",
     ):  # fmt: skip
         value = config.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+        least = 0 if "sparse" in key else 1
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
             raise CheckpointImportError(f"{path}: {key} is {value!r}, not a number of something")
     return config
 
 
-def _sparse_prefixes(config: Mapping[str, Any]) -> list[str]:
-    """Prefixes of the experts of all sparse layers, encoder first, by transformers' rule for sparse steps."""
+def _sparse_prefixes(config: Mapping[str, Any], *, most: int) -> list[str]:
+    """Prefixes of the experts of the sparse layers, encoder first, by transformers' rule; no more than `most` per stack."""
     prefixes = []
     for stack, layer in (("encoder", 1), ("decoder", 2)):
         blocks = config["num_layers" if stack == "encoder" else "num_decoder_layers"]
         sparse = config[f"num_sparse_{stack}_layers"]
         step = config.get(f"{stack}_sparse_step", blocks // sparse if sparse else blocks)
-        if not isinstance(step, int) or step < 0:
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise CheckpointImportError(f"{CONFIG_FILE}: {stack}_sparse_step is {step!r}")
-        prefixes += [
-            f"{stack}.block.{i}.layer.{layer}.mlp.experts" for i in range(blocks) if step > 0 and (i % step == 1 or step == 1)
-        ]
+        numbers = range(step > 1, blocks, step) if step else ()
+        prefixes += [f"{stack}.block.{i}.layer.{layer}.mlp.experts" for i in numbers[:most]]
     return prefixes

@@ -200,6 +200,10 @@ def first_used_row(content: dict[str, Any]) -> None:
         ("noexp.pt", lambda c: c.update({"x": 3}), "noexp.pt: x is not a tensor"),
         ("noexp.pt", lambda c: c.update({"x": torch.zeros(1).expand(10**12)}), "noexp.pt: x claims 1000000000000 elements"),
         ("noexp.pt", lambda c: c.update({"x": torch.zeros(2, dtype=torch.complex128)}), "x is torch.complex128, which"),
+        ("noexp.pt", lambda c: c.update({"x": torch.eye(2).to_sparse()}), "x is a tensor without plain values"),
+        ("noexp.pt", lambda c: c.update({"x": torch.empty(2, device="meta")}), "x is a tensor without plain values"),
+        ("noexp.pt", lambda c: c.update({"__metadata__": torch.ones(2)}), "__metadata__ is a name that the format keeps"),
+        ("noexp.pt", lambda c: c.update({"qmoecodec.x": torch.ones(2)}), "qmoecodec.x is a name that the format keeps"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("transcode", [False, True])
@@ -238,6 +242,10 @@ def test_a_file_too_many_is_one_clear_error(published: Checkpoint, tmp_path: Pat
         ({"num_experts": "3"}, "num_experts is '3'"),
         ({"num_layers": -1}, "num_layers is -1"),
         ({"encoder_sparse_step": "2"}, "encoder_sparse_step is '2'"),
+        ({"encoder_sparse_step": 0, "decoder_sparse_step": 0}, "no sparse layer, nothing to import"),
+        ({"num_experts": 0}, "num_experts is 0"),
+        ({"num_experts": 2**31 - 1}, "expert_3.wi is missing"),
+        ({"num_layers": 10**9, "encoder_sparse_step": 1}, "exp03.pt is missing"),
     ],
 )
 def test_config_of_another_model_is_one_clear_error(
