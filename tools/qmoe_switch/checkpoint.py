@@ -28,6 +28,7 @@ from .errors import SwitchError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PROJECTIONS = ("wi", "wo")
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class PackedMatrix(Protocol):
@@ -126,6 +127,8 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         from .packed import PackedCheckpoint
 
         return PackedCheckpoint(directory)
+    if (directory / INDEX).exists() and (directory / SINGLE).exists():  # in a packed one the index counts (spec §8)
+        raise SwitchError(f"{directory} holds both {SINGLE} and {INDEX}: which of them counts?")
     return PlainCheckpoint(directory, files)
 
 
@@ -143,8 +146,8 @@ def check_tensor(what: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> tor
     """Return the tensor if it has the shape that config.json asks for, is floating point and finite."""
     if tuple(tensor.shape) != shape:
         raise SwitchError(f"{what} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
-    if not tensor.is_floating_point():
-        raise SwitchError(f"{what} is {tensor.dtype}, not floating point")
+    if tensor.dtype not in _FLOATING:
+        raise SwitchError(f"{what} is {tensor.dtype}, not floating point of 16, 32 or 64 bits")
     if not bool(torch.isfinite(tensor).all()):
         raise SwitchError(f"{what} holds NaN or infinite weights")
     return tensor
@@ -173,11 +176,11 @@ class PlainCheckpoint:
 
     def experts(self, prefix: str, projection: str, shape: tuple[int, int, int]) -> ExpertStack:
         """Check that every expert has a tensor."""
-        names = [expert_name(prefix, e, projection) for e in range(shape[0])]
-        for name in names:
+        for expert in range(shape[0]):
+            name = expert_name(prefix, expert, projection)
             if name not in self._files:
                 raise SwitchError(f"{self.directory}: tensor {name} is missing")
-        self._claimed.update(names)
+            self._claimed.add(name)
         return _PlainStack(self, prefix, projection, shape)
 
     def unclaimed(self) -> list[str]:
@@ -260,7 +263,9 @@ def _locate(directory: Path) -> dict[str, Path]:
     index, single = directory / INDEX, directory / SINGLE
     if not index.is_file():
         if not single.is_file():
-            raise SwitchError(f"{directory}: holds neither {SINGLE} nor {INDEX}")
+            pickled = sorted(file.name for file in directory.glob("pytorch_model*.bin"))
+            hint = f", only {pickled[0]}: save it again with transformers, which writes safetensors" if pickled else ""
+            raise SwitchError(f"{directory}: holds neither {SINGLE} nor {INDEX}{hint}")
         return dict.fromkeys(_keys(single), single)
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):

@@ -40,6 +40,8 @@ def evaluate(
     """Compute the loss on all samples; `progress` is told the samples done after each batch."""
     if tokens.labels is None:
         raise SwitchError("these tokens hold no labels")
+    if not tokens.n_labels:
+        raise SwitchError(f"no label counts: all of the {len(tokens)} samples' are {IGNORED} or the pad token")
     if batch_size < 1:
         raise SwitchError(f"batch_size is {batch_size}, not at least 1")
     total, count = 0.0, 0

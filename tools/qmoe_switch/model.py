@@ -164,8 +164,22 @@ def parse_config(directory: Path) -> Any:
         raise SwitchError(f"{path}: {' '.join(str(error).split())}") from None
     for key in ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_experts", "num_layers", "num_decoder_layers"):
         value = getattr(config, key)
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or not 1 <= value < 2**31:
             raise SwitchError(f"{path}: {key} is {value!r}, not a positive integer")
+    for key in ("encoder_sparse_step", "decoder_sparse_step"):
+        value = getattr(config, key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise SwitchError(f"{path}: {key} is {value!r}, not an integer from 0 on")
+    for key in ("pad_token_id", "decoder_start_token_id"):
+        value = getattr(config, key, None)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < config.vocab_size):
+            raise SwitchError(f"{path}: {key} is {value!r}, not a token of the vocabulary of {config.vocab_size}")
+    buckets, distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
+    if buckets < 4 or distance <= buckets // 2:
+        raise SwitchError(
+            f"{path}: relative_attention_num_buckets {buckets} and relative_attention_max_distance {distance} do not go "
+            "together: at least 4 buckets, and a distance above half of them"
+        )
     if config.dense_act_fn not in ACT2FN:
         raise SwitchError(f"{path}: dense_act_fn {config.dense_act_fn!r} is not one that transformers' Switch computes")
     return config
@@ -181,6 +195,11 @@ def _build(
     capacity: Capacity,
     dtype: torch.dtype,
 ) -> tuple[Any, dict[str, torch.device]]:
+    for stack, count in zip(_STACKS, (config.num_layers, config.num_decoder_layers), strict=True):
+        # Before anything is built as often as config.json says.
+        last = f"{stack}.block.{count - 1}.layer.0.layer_norm.weight"
+        if not checkpoint.has(last):
+            raise SwitchError(f"{checkpoint.directory}: tensor {last} is missing, config.json asks for {count} blocks")
     small = copy.deepcopy(config)
     small.num_experts = 1
     with torch.device("meta"):

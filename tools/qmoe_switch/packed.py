@@ -82,11 +82,11 @@ class PackedCheckpoint:
                     f"config.json asks for {list(shape[1:])}"
                 )
         stack = _PackedStack(self, prefix, projection, shape, groups)
-        plain = [expert_name(prefix, e, projection) for e in stack.numbers_not_in_groups()]
-        for name in plain:
+        for expert in stack.numbers_not_in_groups():
+            name = expert_name(prefix, expert, projection)
             if name not in self._file.tensors:
                 raise SwitchError(f"{self.directory}: tensor {name} is missing")
-        self._unclaimed.difference_update(plain)
+            self._unclaimed.discard(name)
         if all(end <= shape[0] for group in groups for _, end in group.info.expert_ranges):
             self._unclaimed.discard(template)
         return stack

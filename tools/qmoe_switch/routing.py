@@ -51,6 +51,8 @@ class Top1Router(torch.nn.Module):
         super().__init__()
         if capacity not in CAPACITIES:
             raise SwitchError(f"capacity is {capacity!r}, not one of {', '.join(CAPACITIES)}")
+        if capacity == "per_sequence" and config.expert_capacity < 1:
+            raise SwitchError(f"config.json: expert_capacity is {config.expert_capacity}, which drops every token")
         self.dtype: torch.dtype = getattr(torch, config.router_dtype)
         self.capacity: int | None = int(config.expert_capacity) if capacity == "per_sequence" else None
         self.classifier = torch.nn.Linear(config.d_model, config.num_experts, bias=config.router_bias, dtype=self.dtype)

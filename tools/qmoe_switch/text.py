@@ -47,8 +47,16 @@ def tokenize(tokenizer: Any, texts: Sequence[str], model: SwitchModel) -> TokenS
             f"{model.checkpoint.directory}: {FILE} has {tokenizer.get_vocab_size()} tokens, the model {vocabulary.size}: "
             "it belongs to another model"
         )
+    # Settings for batches that a tokenizer.json may hold: they would cut prompts, or put padding before the end token.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     rows = [tokenizer.encode(text).ids for text in texts]
     for row in rows:
+        if row and max(row) >= vocabulary.size:
+            raise SwitchError(
+                f"{model.checkpoint.directory}: {FILE} gives token {max(row)}, the model has {vocabulary.size}: "
+                "it belongs to another model"
+            )
         if model.end_tokens and row[-1:] != [model.end_tokens[0]]:
             row.append(model.end_tokens[0])
     length = max(len(row) for row in rows)

@@ -13,7 +13,6 @@ an id that the model has no embedding for is an error, not an exception from ins
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,13 +120,14 @@ def _arrays(path: Path, wanted: tuple[str, ...]) -> dict[str, Ids]:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise SwitchError(f"{path}: not an .npz archive")
-            found = {name: archive[name] for name in wanted if name in archive}
+            found = {name: np.asarray(archive[name]) for name in wanted if name in archive}
     except FileNotFoundError:
         raise SwitchError(f"{path}: no such file") from None
     except SwitchError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise SwitchError(f"{path}: not a readable .npz archive ({error})") from None
+    except Exception as error:  # there is no end to what damaged archives raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SwitchError(f"{path}: not a readable .npz archive ({reason})") from None
     for name, array in found.items():
         if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
             raise SwitchError(f"{path}: {name} is {array.dtype}{list(array.shape)}, not integers of shape [n, length]")

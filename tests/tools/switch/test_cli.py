@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 
 import qmoe_switch  # noqa: E402
 from qmoe_switch.cli import evaluate, generate  # noqa: E402
+from qmoe_switch.text import read_tokenizer, tokenize  # noqa: E402
 from qmoecodec.cli import main  # noqa: E402
 from qmoecodec.container import pack  # noqa: E402
 
@@ -130,6 +131,34 @@ def test_tokenizer_of_another_model_is_one_line(plain: Path, tmp_path: Path) -> 
     (path / "tokenizer.json").write_text("{}")
     result = run(generate, path, "--prompt", "w5")
     assert result.exit_code == 1 and "tokenizer.json: not a readable tokenizer" in result.stderr
+
+
+def test_prompts_are_whole_whatever_the_tokenizer_says_about_batches(plain: Path, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    path = tmp_path / "checkpoint"
+    shutil.copytree(plain, path)
+    write_tokenizer(path, WORDS)
+    prompts = ("--prompt", "w5 w9 w30 w12 w7 w41", "--prompt", "w8", "--json")
+    before = json.loads(run(generate, path, *prompts).stdout)["sequences"]
+    tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(path / "tokenizer.json"))
+    with qmoe_switch.load(path) as model:
+        tokens = tokenize(read_tokenizer(path, required=True), ["w5 w9 w30", "w8"], model)
+    assert tokens.input_ids.tolist() == [[5, 9, 30, 1], [8, 1, 0, 0]] and tokens.attention_mask.sum() == 6
+    assert json.loads(run(generate, path, *prompts).stdout)["sequences"] == before
+
+
+def test_a_token_beyond_the_vocabulary_is_one_line(plain: Path, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    shutil.copytree(plain, path)
+    write_tokenizer(path, WORDS[:40])
+    text = json.loads((path / "tokenizer.json").read_text())
+    text["model"]["vocab"]["w5"] = 5000
+    (path / "tokenizer.json").write_text(json.dumps(text))
+    result = run(generate, path, "--prompt", "w5")
+    assert result.exit_code == 1 and "gives token 5000, the model has 50: it belongs to another model" in result.stderr
 
 
 def test_tokens_of_another_model_are_one_line(plain: Path, tmp_path: Path) -> None:

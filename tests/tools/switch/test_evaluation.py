@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -55,3 +56,12 @@ def test_labels_are_needed(plain: Path, tokens_file: Path) -> None:
             qmoe_switch.evaluate(model, tokens)
         with pytest.raises(SwitchError, match="no decoder input"):
             qmoe_switch.logits(model, tokens)
+
+
+def test_samples_without_labels_are_an_error(plain: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "t.npz", input_ids=np.full((2, 4), 5), labels=np.array([[-100, 0], [7, 8]]))
+    with qmoe_switch.load(plain) as model:
+        tokens = qmoe_switch.read_tokens(tmp_path / "t.npz", model.vocabulary, labels=True)
+        with pytest.raises(SwitchError, match="no label counts: all of the 1 samples'"):
+            qmoe_switch.evaluate(model, tokens.slice(0, 1))
+        assert qmoe_switch.evaluate(model, tokens, batch_size=1).n_tokens == 2

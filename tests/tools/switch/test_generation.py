@@ -40,6 +40,24 @@ def test_tokens_are_those_of_transformers(checkpoint: Path, reference: Callable[
     assert len({tuple(sequence) for sequence in map(np.ndarray.tolist, ours.tokens)}) > 1
 
 
+def test_a_decoder_deeper_than_the_encoder_says_what_whole_passes_say(
+    make_checkpoint: Callable[..., Path], reference: Callable[..., Any], tokens_file: Path
+) -> None:
+    """transformers 5.17 itself cannot generate with such a model: its cache has as many layers as the encoder."""
+    path = make_checkpoint(ternary=True, num_layers=1, num_decoder_layers=4, num_sparse_decoder_layers=2)
+    with qmoe_switch.load(path) as model:
+        prompts = qmoe_switch.read_tokens(tokens_file, model.vocabulary, labels=False)
+        ours = qmoe_switch.generate(model, prompts, max_new_tokens=8)
+    ids, mask = torch.tensor(prompts.input_ids), torch.tensor(prompts.attention_mask)
+    said, whole = torch.zeros((len(ids), 1), dtype=torch.int64), reference(path)
+    with torch.no_grad():
+        for _ in range(8):
+            scores = whole(input_ids=ids, attention_mask=mask, decoder_input_ids=said, use_cache=False).logits
+            said = torch.cat([said, scores[:, -1:].argmax(dim=-1)], dim=1)
+    for mine, row in zip(ours.tokens, said[:, 1:].numpy(), strict=True):
+        assert np.array_equal(mine, row[: len(mine)])
+
+
 def test_encoder_runs_once_and_decoder_on_one_token_a_step(plain: Path, tokens_file: Path) -> None:
     with qmoe_switch.load(plain) as model:
         prompts = qmoe_switch.read_tokens(tokens_file, model.vocabulary, labels=False)

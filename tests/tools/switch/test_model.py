@@ -130,6 +130,7 @@ NORM = "decoder.final_layer_norm.weight"
         (lambda t: t.update({NORM: torch.full((24,), float("nan"))}), f"{NORM} holds NaN"),
         (lambda t: t.update({NORM: torch.ones(23)}), rf"{NORM} has shape \[23\], config.json asks for \[24\]"),
         (lambda t: t.update({NORM: torch.ones(24, dtype=torch.int32)}), f"{NORM} is torch.int32"),
+        (lambda t: t.update({NORM: torch.ones(24).to(torch.float8_e4m3fn)}), f"{NORM} is torch.float8_e4m3fn"),
         (lambda t: t.update({"extra.weight": torch.ones(2)}), "tensor extra.weight has no place in the model"),
         (lambda t: t.update({"lm_head.weight": torch.ones(50, 24)}), "lm_head.weight differs from shared.weight"),
     ],
@@ -183,6 +184,16 @@ def test_nan_in_an_expert_shows_when_the_expert_is_used(damaged: Path, tokens_fi
         ({"num_heads": 0}, "num_heads is 0"),
         ({"d_model": "24"}, "config.json"),
         ({"dense_act_fn": "gated-gelu"}, "'gated-gelu'"),
+        ({"vocab_size": 2**40}, "vocab_size is 1099511627776"),
+        ({"num_layers": 10**9}, "encoder.block.999999999.*is missing"),
+        ({"num_decoder_layers": 10**9}, "decoder.block.999999999.*is missing"),
+        ({"num_experts": 2**31 - 1}, "expert_3.wi.weight is missing"),
+        ({"encoder_sparse_step": "2"}, "encoder_sparse_step is '2'"),
+        ({"decoder_sparse_step": -1}, "decoder_sparse_step is -1"),
+        ({"pad_token_id": -1}, "pad_token_id is -1, not a token of the vocabulary of 50"),
+        ({"decoder_start_token_id": 50}, "decoder_start_token_id is 50, not a token"),
+        ({"relative_attention_num_buckets": 2}, "do not go together"),
+        ({"relative_attention_max_distance": 8}, "do not go together"),
     ],
 )
 def test_config_that_does_not_fit_gives_one_clear_error(damaged: Path, changes: dict[str, Any], message: str) -> None:
@@ -205,9 +216,19 @@ def test_directories_that_hold_no_checkpoint_give_one_clear_error(damaged: Path,
     (damaged / "model.safetensors").write_bytes(b"\x00" * 5)
     with pytest.raises(SwitchError, match="not a readable safetensors file"):
         qmoe_switch.load(damaged)
-    (damaged / "model.safetensors").unlink()
-    with pytest.raises(SwitchError, match="holds neither"):
+    (damaged / "model.safetensors").rename(damaged / "pytorch_model.bin")
+    with pytest.raises(SwitchError, match=r"holds neither .*, only pytorch_model\.bin: save it again"):
         qmoe_switch.load(damaged)
+    (damaged / "pytorch_model.bin").unlink()
+    with pytest.raises(SwitchError, match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json$"):
+        qmoe_switch.load(damaged)
+
+
+def test_a_single_file_beside_shards_is_not_chosen_between(make_checkpoint: MakeCheckpoint) -> None:
+    path, other = make_checkpoint(shard="20KB"), make_checkpoint(seed=1)
+    shutil.copy(other / "model.safetensors", path)
+    with pytest.raises(SwitchError, match="which of them counts"):
+        qmoe_switch.load(path)
 
 
 def test_a_missing_shard_gives_one_clear_error(make_checkpoint: MakeCheckpoint) -> None:

@@ -342,6 +342,15 @@ def test_closing_lets_go_of_the_files(packed: Path) -> None:
         model.module(input_ids=torch.from_numpy(np.arange(2, 12)[None]), decoder_input_ids=torch.zeros((1, 1), dtype=torch.int64))
 
 
+def test_experts_without_number_are_not_counted_out(packed: Path, tmp_path: Path) -> None:
+    path = tmp_path / "packed"
+    shutil.copytree(packed, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "num_experts": 2**31 - 1}))
+    with pytest.raises(SwitchError, match=r"expert_\d+\.wi\.weight is missing"):
+        qmoe_switch.load(path)
+
+
 def test_an_expert_too_many_gives_one_clear_error(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     path = tmp_path / "many"
     shutil.copytree(make_checkpoint(ternary=True), path)

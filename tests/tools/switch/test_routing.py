@@ -68,3 +68,10 @@ def test_router_works_in_its_own_dtype() -> None:
 def test_unknown_capacity_is_refused() -> None:
     with pytest.raises(SwitchError, match="capacity is 'some'"):
         Top1Router(transformers.SwitchTransformersConfig(), capacity="some")  # type: ignore[arg-type]
+
+
+def test_a_capacity_that_drops_everything_is_refused() -> None:
+    config = transformers.SwitchTransformersConfig(expert_capacity=0)
+    with pytest.raises(SwitchError, match="expert_capacity is 0, which drops every token"):
+        Top1Router(config, capacity="per_sequence")
+    Top1Router(config, capacity="none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,16 @@ def test_what_is_no_archive_gives_one_clear_error(tmp_path: Path) -> None:
     whole = write(tmp_path / "whole.npz", input_ids=[[5, 6]], labels=[[1, 2]]).read_bytes()
     (tmp_path / "half.npz").write_bytes(whole[: len(whole) // 2])
     np.savez(tmp_path / "object.npz", input_ids=np.array([[{}]], dtype=object))
-    for name in ("text.npz", "one.npy", "half.npz", "object.npz", "absent.npz"):
+    np.savez_compressed(tmp_path / "stream.npz", input_ids=np.arange(4000).reshape(100, 40) % 50, labels=[[1, 2]] * 100)
+    damaged = bytearray((tmp_path / "stream.npz").read_bytes())
+    damaged[len(damaged) // 4 : len(damaged) // 4 + 6] = b"\xff\x00\xff\x00\xaa\x55"
+    (tmp_path / "stream.npz").write_bytes(damaged)
+    (tmp_path / "empty.npz").write_bytes(b"")
+    with zipfile.ZipFile(tmp_path / "member.npz", "w") as archive:
+        archive.writestr("input_ids.npy", b"abc")
+    for name in (
+        "text.npz", "one.npy", "half.npz", "object.npz", "absent.npz", "stream.npz", "empty.npz", "member.npz",
+    ):  # fmt: skip
         with pytest.raises(SwitchError, match=name):
             read_tokens(tmp_path / name, VOCABULARY, labels=True)
 
