@@ -151,8 +151,9 @@ class Checkpoint:
         layers = []
         for stack in ("encoder", "decoder"):
             count = self.config.blocks(stack)
-            if f"{stack}.block.{count - 1}.layer.0.layer_norm.weight" not in self.files:
-                raise QuantizeError(f"{self.directory}: holds no {stack} of {count} blocks, which config.json asks for")
+            last = f"{stack}.block.{count - 1}.layer.0.layer_norm.weight"
+            if last not in self.files:
+                raise QuantizeError(f"{self.directory}: tensor {last} is missing, config.json asks for {count} blocks")
             for block in range(count):
                 prefix = self.config.ffn_prefix(stack, block)
                 if is_sparse(self.files, prefix) != self.config.is_sparse(stack, block):

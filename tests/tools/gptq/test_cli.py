@@ -12,12 +12,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qmoe_gptq import run as module
+from qmoe_gptq.cli import quantize
 from qmoecodec.cli import main
 
 
 def call(*arguments: Any) -> Result:
-    """Run the command in this process."""
-    return CliRunner().invoke(main, ["quantize", *(str(a) for a in arguments)])
+    """Run the command within a group of the kind that `qmoecodec` is, without the entry points of an installation."""
+    group = type(main)(commands={"quantize": quantize})
+    return CliRunner().invoke(group, ["quantize", *(str(a) for a in arguments)])
 
 
 def test_dry_run_estimates_and_writes_nothing(model_dir: Path, tokens: Path, tmp_path: Path) -> None:

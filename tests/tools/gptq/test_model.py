@@ -87,7 +87,7 @@ def test_padding_does_not_change_a_sample(model_dir: Path, samples: Callable[...
         ({"num_heads": 2.0}, r"num_heads is 2\.0"),
         ({"num_experts": None}, "num_experts is None"),
         ({"num_decoder_layers": 0}, "num_decoder_layers is 0"),
-        ({"num_layers": 10**9}, "no encoder of 1000000000 blocks"),
+        ({"num_layers": 10**9}, "is missing, config.json asks for 1000000000 blocks"),
         ({"layer_norm_epsilon": "x"}, "layer_norm_epsilon is 'x'"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
         ({"pad_token_id": 96}, "pad_token_id is 96, not a token"),
