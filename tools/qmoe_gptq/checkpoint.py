@@ -64,9 +64,10 @@ class Checkpoint:
         self.dtypes: dict[str, str] = {}
         for file in sorted(set(self.files.values())):
             for name, entry in _header(file).items():
-                if self.files.get(name) == file:
-                    self._shapes[name] = tuple(entry["shape"])
-                    self.dtypes[name] = entry["dtype"]
+                if self.files.get(name) != file:
+                    raise QuantizeError(f"{file}: holds tensor {name}, which the index does not list there")
+                self._shapes[name] = tuple(entry["shape"])
+                self.dtypes[name] = entry["dtype"]
         missing = sorted(set(self.files) - set(self._shapes))
         if missing:
             raise QuantizeError(f"{self.directory}: the index lists {missing[0]} but its shard does not hold it")

@@ -295,6 +295,9 @@ def _is_packed(files: dict[str, Path]) -> bool:
     for file in sorted(set(files.values())):
         with safe_open(file, framework="pt", device="cpu") as handle:
             kinds[file] = "qmoecodec" in (handle.metadata() or {})
+            stray = () if kinds[file] else sorted(name for name in handle.keys() if files.get(name) != file)  # noqa: SIM118
+        if stray:
+            raise SwitchError(f"{file}: holds tensor {stray[0]}, which {INDEX} does not list there")
     if len(set(kinds.values())) > 1:
         plain = next(file.name for file, packed in kinds.items() if not packed)
         raise SwitchError(f"{next(iter(kinds)).parent}: some shards are packed and {plain} is not")

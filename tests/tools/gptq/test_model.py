@@ -187,6 +187,14 @@ def test_missing_shard_is_named(make_model: Callable[..., Path]) -> None:
         Checkpoint(directory)
 
 
+def test_a_shard_with_more_than_the_index_says_is_refused(make_model: Callable[..., Path]) -> None:
+    directory = make_model(shards=3)
+    file = directory / "model-00002-of-00003.safetensors"
+    save_file({**load_file(file), "stray": torch.ones(1)}, file)
+    with pytest.raises(QuantizeError, match="holds tensor stray, which the index does not list there"):
+        Checkpoint(directory)
+
+
 def test_truncated_shard_is_named(make_model: Callable[..., Path]) -> None:
     directory = make_model()
     file = directory / "model.safetensors"

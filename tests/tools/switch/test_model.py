@@ -241,6 +241,10 @@ def test_a_missing_shard_gives_one_clear_error(make_checkpoint: MakeCheckpoint) 
     victim.write_bytes(content)
     index = path / "model.safetensors.index.json"
     text = json.loads(index.read_text())
+    taken = next(name for name, shard in text["weight_map"].items() if shard == victim.name)
+    index.write_text(json.dumps({"weight_map": {k: v for k, v in text["weight_map"].items() if k != taken}}))
+    with pytest.raises(SwitchError, match=f"{victim.name}: holds tensor {taken}, which .* does not list there"):
+        qmoe_switch.load(path)
     text["weight_map"]["stray"] = victim.name
     index.write_text(json.dumps(text))
     with pytest.raises(SwitchError, match="tensor stray is not in"):
