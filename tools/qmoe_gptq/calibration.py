@@ -335,9 +335,15 @@ class Resampler:
         for i in range(data.samples):
             row, labels = data.input_ids[i][keep[i]].tolist(), data.labels[i].tolist()
             text = restore(row, labels, data.sentinels, config.eos_id) if self._marks else None
-            fits = text is not None and self._shape(i)[0] < len(data.sentinels)
-            self._texts.append(text if fits else None)
+            self._texts.append(text if text is not None and self._fits(i, text, len(row)) else None)
         self.usable = sum(text is not None for text in self._texts) / data.samples
+
+    def _fits(self, sample: int, text: Sequence[int], length: int) -> bool:
+        """Tell whether a text can be corrupted in the sample's shape: a token or more in and before every span."""
+        spans, dropped = self._shape(sample)
+        kept = len(text) - dropped
+        ended = bool(text) and text[-1] == self._config.eos_id
+        return spans < len(self._data.sentinels) and spans <= min(dropped, kept - ended) and kept + spans == length
 
     def _shape(self, sample: int) -> tuple[int, int]:
         spans = sum(t in self._marks for t in self._data.input_ids[sample].tolist())

@@ -94,6 +94,8 @@ def generate(
     """Generate greedily with the packed or plain checkpoint in DIRECTORY."""
     if bool(prompts) == (tokens is not None):
         raise click.UsageError("give either --prompt or --tokens")
+    if prompts and limit is not None:
+        raise click.UsageError("--limit goes with --tokens")
     from .generation import generate as run
     from .text import read_tokenizer, tokenize
     from .tokens import read_tokens

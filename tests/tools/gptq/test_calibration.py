@@ -92,6 +92,27 @@ def test_samples_that_are_no_corruption_are_left_alone(model_dir: Path, samples:
     assert (drawn.input_ids == data.input_ids[2]).all() and (drawn.labels == data.labels[2]).all()
 
 
+@pytest.mark.parametrize(
+    ("inputs", "labels"),
+    [
+        ([80, 80, 80, 80, 80], [80, 7, 8, 9, 82]),
+        ([80, 5, 80, 6, 1], [80, 7, 8, 9, 82]),
+        ([80, 81, 5, 1, 0], [80, 7, 81, 8, 82]),
+        ([5, 80, 6, 81, 7], [80, 81, 8, -100, -100]),
+        ([5, 80, 6, 7, 1], [80, 9, 88, 8, 81]),
+    ],
+)
+def test_texts_too_odd_for_a_new_corruption_are_left_alone(
+    model_dir: Path, tmp_path: Path, inputs: list[int], labels: list[int]
+) -> None:
+    np.savez(tmp_path / "odd.npz", input_ids=np.array([inputs] * 2), labels=np.array([labels] * 2))
+    data = load(tmp_path / "odd.npz", model_dir)
+    resampler = Resampler(data, config=Checkpoint(model_dir).config)
+    drawn = resampler.draw([1, 0], np.random.default_rng(0))
+    assert resampler.usable == 0
+    assert drawn.input_ids.tolist() == [inputs] * 2 and drawn.labels.tolist() == [labels] * 2
+
+
 def test_sentinels_are_found_without_a_tokenizer(tmp_path: Path, samples: Samples) -> None:
     arrays = samples(8)
     found = find_sentinels(tmp_path, arrays["input_ids"], arrays["labels"], 96)

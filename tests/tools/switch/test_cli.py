@@ -183,5 +183,6 @@ def test_damaged_checkpoint_is_one_line(directory: Path, tokens_file: Path, tmp_
 def test_usage_errors_have_exit_code_2(plain: Path, tokens_file: Path) -> None:
     assert run(generate, plain).exit_code == 2
     assert run(generate, plain, "--prompt", "a", "--tokens", tokens_file).exit_code == 2
+    assert run(generate, plain, "--prompt", "a", "--limit", 1).exit_code == 2
     assert run(evaluate, plain).exit_code == 2
     assert run(evaluate, plain / "absent", "--data", tokens_file).exit_code == 2
