@@ -91,7 +91,7 @@ class Checkpoint:
 
     @property
     def level_dtype(self) -> torch.dtype:
-        """What levels are rounded to: the coarsest dtype of the experts, whose values all of them hold."""
+        """What levels are rounded to: the experts' dtype, the coarsest of several."""
         found = {self.dtypes[name] for name in self.expert_names}
         return next(dtype for name, dtype in TORCH_DTYPES.items() if name in found)
 
