@@ -260,7 +260,7 @@ def inspect(source: str, as_json: bool) -> None:
     from rich.console import Console
 
     console = Console(file=sys.stdout) if sys.stdout.isatty() else Console(file=sys.stdout, width=160)
-    console.print(library.render(report), highlight=False, markup=False)
+    console.print(library.render(report, width=console.width), highlight=False, markup=False)
 
 
 @main.command()

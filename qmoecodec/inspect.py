@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 SCHEMA: Final = 1
+#: Columns of a terminal that hold all columns of the table.
+WIDTH: Final = 120
 _BLOCK_BYTES: Final = 1 << 20
 
 
@@ -178,19 +180,31 @@ def _number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def render(report: dict[str, Any]) -> RenderableType:
-    """Return a report of `inspect` as tables for a terminal."""
+def render(report: dict[str, Any], *, width: int = WIDTH) -> RenderableType:
+    """Return a report of `inspect` as tables for a terminal.
+
+    width : of the terminal; below `WIDTH` some columns are left out, for the names would have no room
+    """
     from rich.console import Group as Stack
     from rich.table import Table
+    from rich.text import Text
 
     totals = report["totals"]
-    table = Table(title=f"{printable(report['path'])}  (format {report['format_version']})", title_justify="left")
+    # Text: in a plain string, brackets and colons are rich's markup.
+    title = Text(f"{printable(report['path'])}  (format {report['format_version']})")
+    table = Table(title=title, title_justify="left")
     table.add_column("group", overflow="fold")
-    for column in ("shape", "dtype", "zeros", "entropy", "payload", "total", "ratio", "dictionary"):
+    columns = ("shape", "dtype", "zeros", "entropy", "payload", "total", "ratio", "dictionary")
+    shown = [c for c in columns if width >= WIDTH or c not in ("dtype", "payload", "dictionary")]
+    for column in shown:
         table.add_column(column, justify="right", no_wrap=column != "dictionary")
+
+    def add_row(name: str, *cells: str) -> None:
+        table.add_row(Text(name), *(cell for column, cell in zip(columns, cells, strict=True) if column in shown))
+
     for g in report["groups"]:
         bank = ", ".join(f"{i} ({n})" if len(g["dictionaries"]) > 1 else i for i, n in g["dictionaries"].items())
-        table.add_row(
+        add_row(
             printable(g["name"]),
             " x ".join(map(str, g["shape"])),
             g["dtype"],
@@ -202,7 +216,7 @@ def render(report: dict[str, Any]) -> RenderableType:
             f"{g['code_bits']} bit: {bank}",
         )
     table.add_section()
-    table.add_row(
+    add_row(
         "all groups, with dictionaries", f"{totals['n_weights']:,}", "", _number(totals["zeros"]),
         _number(totals["entropy_bits_per_weight"]), _number(totals["payload_bits_per_weight"]),
         _number(totals["bits_per_weight"]), _number(totals["ratio"], 3), f"{len(report['dictionaries'])} in bank",
@@ -222,4 +236,6 @@ def render(report: dict[str, Any]) -> RenderableType:
     dense, file = totals["dense_bytes"], totals["file_bytes"]
     saved = f"{dense:,} bytes dense, {file:,} packed" + (f" ({dense / file:.2f} x smaller)" if dense > file else "")
     note = "entropy, payload and total in bits per weight; ratio is payload over entropy"
+    if len(shown) < len(columns):
+        note += f"; {WIDTH} columns show more"
     return Stack(table, *([kept] if reasons else []), saved, note)

@@ -1,6 +1,7 @@
 """The command line: exit codes, what goes to which stream, one line per error."""
 
 import importlib.metadata
+import io
 import json
 import os
 import pathlib
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from click.testing import CliRunner, Result
+from rich.console import Console
 
-from qmoecodec import cli
+from qmoecodec import cli, inspect
 from qmoecodec.cli import ByteSize, main
 
 
@@ -245,6 +247,28 @@ def test_names_that_a_terminal_would_obey(tmp_path: pathlib.Path) -> None:
         assert r"a\x1b[31m" in result.output and "\x1b" not in result.output
     document = json.loads(call("verify", tmp_path / "p", "--json").stdout)
     assert document["problems"][0]["where"]["group"] == name.replace(".0.", ".")
+
+
+def test_names_that_rich_would_read_as_markup(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "no[/][bold]"
+    folder.mkdir(parents=True)
+    name = "[/red]x:smile:"
+    safetensors.numpy.save_file({name: np.eye(40, 60, dtype=np.float32)}, folder / "s")
+    assert call("pack", folder / "s", "-o", folder / "p").exit_code == 0
+    shown = call("inspect", folder / "p").stdout
+    assert name in shown and "no[/][bold]" in shown
+
+
+def test_names_have_room_on_a_narrow_terminal(packed: pathlib.Path) -> None:
+    report = inspect.inspect(packed)
+    shown = {}
+    for width in (80, 120):
+        file = io.StringIO()
+        Console(file=file, width=width).print(inspect.render(report, width=width), markup=False, highlight=False)
+        shown[width] = file.getvalue()
+        assert all(len(line) <= width for line in shown[width].splitlines())
+        assert "m.experts.w " in shown[width] and "3 x 40 x 60" in shown[width]
+    assert "dictionary" in shown[120] and "dictionary " not in shown[80] and "120 columns show more" in shown[80]
 
 
 def test_minus_zero_is_pointed_out(tmp_path: pathlib.Path) -> None:
