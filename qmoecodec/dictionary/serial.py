@@ -42,7 +42,7 @@ def _assemble(
     n_codewords = shape[0] * shape[1]
     # Most of a small dictionary of 16 bits is not touched, and costs nothing where the memory is new; what numpy hands out
     # may have been used before.
-    blank = mmap.mmap(-1, 5 * n_codewords, mmap.MAP_PRIVATE) if code_bits == 16 else bytearray(5 * n_codewords)
+    blank = mmap.mmap(-1, 5 * n_codewords, mmap.MAP_PRIVATE)
     starts = np.frombuffer(blank, np.uint32, n_codewords).reshape(shape)
     lengths = np.frombuffer(blank, np.uint8, n_codewords, 4 * n_codewords).reshape(shape)
     at = 0
