@@ -97,6 +97,13 @@ def test_tables_are_built_once(memory: pytest.MonkeyPatch) -> None:
     assert built == [("one", 7), ("one", 9), ("other", 7)]
 
 
+def test_tables_of_equal_dictionaries_are_the_same() -> None:
+    one, two = dictionary("trees"), dictionary("trees")
+    assert one is not two
+    for build in (tables.decode_tables, tables.encode_tables, tables.trie):
+        assert build(one) is build(two)
+
+
 def test_tables_used_longest_ago_make_room(memory: pytest.MonkeyPatch) -> None:
     memory.setattr(tables, "KEPT_BYTES", 12 * 60)
     built: list[tuple[str, int]] = []
@@ -115,8 +122,9 @@ def test_tables_used_longest_ago_make_room(memory: pytest.MonkeyPatch) -> None:
     one(leaves(200))  # in place of all: the last is kept, whatever it takes
     one(leaves(200))
     assert built[6:] == [("one", 200)]
-    one(leaves(20))
-    assert built[7:] == [("one", 20)]
+    for size in (29, 20):
+        one(leaves(size))
+    assert built[7:] == [("one", 29), ("one", 20)]
 
 
 def test_24_mebibytes_of_tables_are_kept(memory: pytest.MonkeyPatch) -> None:
