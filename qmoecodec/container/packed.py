@@ -312,10 +312,12 @@ class GroupData:
         stored = np.frombuffer(lengths_bytes, _ROW_LENGTH_TYPES[self.row_length_dtype])
         lengths = stored.astype(np.int64) + self.info.row_length_base
         row_starts = starts_of_rows(end - begin, lengths, cols=cols, dictionary=dictionary)
+        # A row of 2^32 codewords or more has more than it has columns, and still does.
+        counts = np.minimum(lengths, 2**32 - 1).astype(np.uint32)
         levels = np.frombuffer(levels_bytes, self.bits_type).reshape(rows, 2)
         if expert not in self._checked:
             check_levels(levels, dtype=self.info.dtype)
             self._checked.add(expert)
         return ExpertData(
-            np.frombuffer(codes, np.uint8), lengths.astype(np.uint32), row_starts, levels, dictionary
+            np.frombuffer(codes, np.uint8), counts, row_starts, levels, dictionary
         )

@@ -51,8 +51,9 @@ def test_parts_of_tensors(folder: pathlib.Path) -> None:
 def test_whether_a_file_comes_back_byte_for_byte(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     usual = (folder / "x.safetensors").read_bytes()
     n = int.from_bytes(usual[:8], "little")
+    assert usual[8 : 8 + n].endswith(b" ")
     for change, expected in ((lambda h: h, True), (lambda h: h.replace(b'"k"', b'"K"'), True),
-                             (lambda h: h.replace(b":", b" :"), False), (lambda h: h.replace(b'{"', b'{ "'), False),
+                             (lambda h: h.replace(b":", b" :"), False), (lambda h: b"{ " + h[1:].rstrip(), False),
                              (lambda h: h.rstrip() + 16 * b" ", False)):  # fmt: skip
         header = change(usual[8 : 8 + n])
         header += b" " * (-len(header) % 8)
