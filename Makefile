@@ -63,7 +63,7 @@ $(MUTATION_STAMP): $(STAMP)
 demo: $(STAMP)  ## store the example model, and quantize, evaluate and run it from the compressed form
 	@$(BIN)/python examples/demo.py
 
-test: lint types layers unit $(if $(CONFORMANCE),conformance)  ## everything a change must pass
+test: lint types layers unit $(if $(CONFORMANCE),conformance $(if $(shell command -v cc),conformance-c))  ## everything a change must pass
 
 lint: $(STAMP)  ## ruff
 	$(BIN)/ruff check .
