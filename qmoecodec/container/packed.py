@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from qmoecodec import dictionary as dictionaries
 from qmoecodec.codec.rows import starts_of_rows
@@ -107,6 +108,11 @@ def add_name(seen: set[bytes], name: str) -> bool:
     is_new = digest not in seen
     seen.add(digest)
     return is_new
+
+
+def saturate(lengths: npt.NDArray[np.int64]) -> UInt32Array:
+    """Return row lengths as uint32: one that does not fit is the largest, which is still more than there are columns."""
+    return np.minimum(lengths, 2**32 - 1).astype(np.uint32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -312,12 +318,10 @@ class GroupData:
         stored = np.frombuffer(lengths_bytes, _ROW_LENGTH_TYPES[self.row_length_dtype])
         lengths = stored.astype(np.int64) + self.info.row_length_base
         row_starts = starts_of_rows(end - begin, lengths, cols=cols, dictionary=dictionary)
-        # A row of 2^32 codewords or more has more than it has columns, and still does.
-        counts = np.minimum(lengths, 2**32 - 1).astype(np.uint32)
         levels = np.frombuffer(levels_bytes, self.bits_type).reshape(rows, 2)
         if expert not in self._checked:
             check_levels(levels, dtype=self.info.dtype)
             self._checked.add(expert)
         return ExpertData(
-            np.frombuffer(codes, np.uint8), counts, row_starts, levels, dictionary
+            np.frombuffer(codes, np.uint8), saturate(lengths), row_starts, levels, dictionary
         )

@@ -120,12 +120,15 @@ MISTAKES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: q.decode_rows(CODES, LENGTHS, cols=70.0, dictionary=DICTIONARY), TypeError, "cols is an integer, not float"),
     (lambda: q.decode_rows(CODES, LENGTHS, backend="", **ROWS), ValueError, "backend is 'numba' or 'reference', not ''"),
     (lambda: q.count_digits(CODES, LENGTHS, rows=19, **ROWS), ValueError, "rows is 19, but there are 20 row_lengths"),
+    (lambda: q.count_digits(CODES, LENGTHS, rows=21, **ROWS), ValueError, "rows is 21, but there are 20 row_lengths"),
+    (lambda: q.count_digits(CODES, LENGTHS, rows=20, cols=-1, dictionary=DICTIONARY), ValueError, "cols is at least 0, not -1"),
     (lambda: q.count_digits(CODES.tolist(), LENGTHS, rows=20, **ROWS), TypeError, "codes is a numpy array of uint8, not list"),
     (lambda: q.matvec_rows(CODES, LENGTHS, LEVELS[0, :19], X, dictionary=DICTIONARY), ValueError,
      "levels have the shape (19, 2), not (20, 2)"),
     (lambda: q.matvec_rows(CODES, LENGTHS, LEVELS[0, :, :1], X, dictionary=DICTIONARY), ValueError,
      "levels have the shape (20, 1), not (20, 2)"),
     (lambda: q.matvec_rows(CODES, LENGTHS, LEVELS[0], X[None], dictionary=DICTIONARY), ValueError, "x has one dimension"),
+    (lambda: q.matvec_rows(CODES, LENGTHS, LEVELS[0], X[0], dictionary=DICTIONARY), ValueError, "x has one dimension"),
 ]  # fmt: skip
 
 

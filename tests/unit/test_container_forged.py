@@ -611,6 +611,12 @@ def test_what_is_wrong_with_one_group_does_not_hide_the_next(tmp_path: pathlib.P
     ]  # fmt: skip
 
 
+def test_row_lengths_that_do_not_fit_stay_too_long() -> None:
+    """Only an expert of 4 GiB or more has such rows."""
+    lengths = np.array([0, 5, 2**31, 2**32 - 1, 2**32, 2**32 + 5, 2**33], np.int64)
+    assert packed_module.saturate(lengths).tolist() == [0, 5, 2**31, *[2**32 - 1] * 4]
+
+
 def test_a_whole_file_is_not_mapped_to_check_it(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A map counts as memory of the process, and ends it where the file becomes shorter."""
     path.write_bytes(forge(late=put("t", b"x")))
