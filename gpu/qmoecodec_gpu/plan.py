@@ -249,3 +249,94 @@ def plan_tile(
             if tile <= max_rows and shared <= max_shared_bytes:
                 return TilePlan("tile.cu", layout, form, tile, pitch, shared, 512)
     return None
+
+
+#: Tokens of the largest item of kernels/multiply_digits.cu.
+DIGITS_TOKENS: Final = 128
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """One compiled form of kernels/decode_digits.cu.
+
+    warps : per block; 16 per multiprocessor
+    copies : of the table
+    pitch : words of digits per row in shared memory
+    is_guarded : a missing second nonzero is left out, rather than or'ed as a 0
+    """
+
+    layout: Layout
+    form: ScatterForm
+    warps: int
+    copies: int
+    pitch: int
+    shared_bytes: int
+    is_guarded: bool = True
+
+    def macros(self) -> dict[str, int]:
+        """Return the macros that the kernel is compiled with."""
+        return {
+            "NZ": self.form.n_nonzeros,
+            "LANES": self.layout.lanes,
+            "WORDS": self.layout.words,
+            "SURE": self.layout.sure_words,
+            "USUAL": self.layout.usual_words,
+            "ONE": int(self.layout.one_block),
+            "WARPS": self.warps,
+            "COPIES": self.copies,
+            "GUARDED": int(self.is_guarded),
+        }
+
+
+def plan_decode(
+    layout: Layout,
+    *,
+    cols: int,
+    max_phrase: int,
+    max_nonzeros: int,
+    max_shared_bytes: int,
+    most_warps: int = 16,
+    is_guarded: bool = True,
+) -> DecodePlan | None:
+    """Plan the decoder to two-bit digits; None where a group does not fit it."""
+    if max_nonzeros > MAX_GATHER_NONZEROS or cols < 1 or max_phrase > ScatterForm.max_phrase:
+        return None
+    form = ScatterForm(next(n for n in _NONZEROS if n >= max_nonzeros))
+    words = max(4 * -(-cols // 64), -(-(cols + 4 * max_phrase) // 16))
+    pitch = words + (4 - words) % 8
+    for warps in (16, 8, 4, 2, 1):
+        limit = max_shared_bytes if warps == 16 else (max_shared_bytes + 1024) * warps // 16 - 1024  # of 16 warps together
+        for copies in (16, 8, 4):
+            shared = 2048 * form.n_words * copies + 32 * warps * pitch
+            if copies * form.n_words <= 32 and warps <= most_warps and shared <= (max_shared_bytes if warps == 1 else limit):
+                return DecodePlan(layout, form, warps, copies, pitch, shared, is_guarded)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class MultiplyPlan:
+    """One compiled form of kernels/multiply_digits.cu.
+
+    groups : of 64 rows, one for each warpgroup
+    slots : stages that the ring holds
+    """
+
+    groups: int
+    slots: int
+    shared_bytes: int
+
+    @property
+    def threads(self) -> int:
+        """Threads per block."""
+        return 128 * (self.groups + 1)
+
+    def macros(self, *, is_f16: bool) -> dict[str, int]:
+        """Return the macros that the kernel is compiled with."""
+        return {"GROUPS": self.groups, "SLOTS": self.slots, "X_F16": int(is_f16), "LEVEL_KIND": int(is_f16)}
+
+
+def plan_multiply(groups: int, *, max_shared_bytes: int) -> MultiplyPlan:
+    """Plan the product with two-bit digits: as many stages as fit."""
+    slot = 128 * DIGITS_TOKENS + 1024 * groups
+    slots = (max_shared_bytes - 256) // slot
+    return MultiplyPlan(groups, slots, slots * (slot + 16))

@@ -20,7 +20,10 @@ FORMS = {
     "tile.cu": [],
     "arrange.cu": [],
     "tile_sm90.cu": [],
+    "decode_digits.cu": [],
+    "multiply_digits.cu": [],
 }
+HOPPER = ("tile_sm90.cu", "multiply_digits.cu")
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
@@ -30,7 +33,7 @@ FORMS = {
     ["sm_80", pytest.param("sm_86", marks=pytest.mark.long), pytest.param("sm_89", marks=pytest.mark.long), "sm_90"],
 )
 def test_compiles(file, architecture, tmp_path):
-    if file == "tile_sm90.cu":
+    if file in HOPPER:
         if architecture != "sm_90":
             pytest.skip("for Hopper alone")
         architecture = "sm_90a"
@@ -42,6 +45,6 @@ def test_compiles(file, architecture, tmp_path):
         [*command, str(KERNELS / file), "-o", str(tmp_path / "out.cubin")], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr, done.stderr
+    assert "warning" not in done.stderr and "Performance Loss" not in done.stderr, done.stderr
     spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", done.stderr)]
     assert max(spilled) <= 64, done.stderr  # in the prologue of an item; the loop over rows has none

@@ -1,0 +1,285 @@
+// Decoding of the experts of large items to two-bit digits, for 8-bit dictionaries, layout "words" (common.cuh).
+//
+// Of item i, `out` holds for each block of 64 columns, for each row, 16 bytes: column 16 w + k of the block in bits 2 k and 2 k + 1
+// of word w; 0, 1 for -, 2 for +.  multiply_digits.cu reads it so.  The number of rows is rounded up to a multiple of 64; what is
+// there beyond the last row is undefined.  Columns beyond the row are 0, 1 or 2.
+//
+// Naively, for each row: for each codeword: for each (offset, sign) of its phrase: out[..][position + offset] = sign.
+//
+// Optimisations:
+//  1. Decoding is that of gather.cu (items 1, 2 and 4 there), with COPIES copies of the table.  Columns are counted in bits of a
+//     row's digits, two per digit: the position of a nonzero, made by one dp4a, is at once its address in shared memory and,
+//     shifted into 1, its value.  An entry with fewer nonzeros than places repeats its last one, which an or forgives.  With two
+//     places a mark says whether there is a first and a second one: a missing first is a 0, or'ed like a 1, a missing second is
+//     left out, as it is missing more often than not (GUARDED).
+//  2. A warp has eight rows to itself: it decodes them into its part of shared memory, then moves them out, 128 bytes of eight
+//     rows at a time, clearing behind it.  Warps wait for each other only when the dictionary changes, so some decode, which
+//     keeps shared memory busy, while others wait for codewords or move digits.
+//  3. While a row is decoded, the next row's codewords are on their way; the next tile's first while this one's digits leave.
+//
+// Trusts what gather.cu trusts.
+#include "common.cuh"
+
+#ifndef NZ
+#define NZ 2
+#endif
+#ifndef LANES
+#define LANES 32
+#endif
+#ifndef WORDS
+#define WORDS 5
+#endif
+#ifndef SURE
+#define SURE 0
+#endif
+#ifndef USUAL
+#define USUAL 4
+#endif
+#ifndef ONE
+#define ONE 0
+#endif
+#ifndef WARPS
+#define WARPS 16
+#endif
+#ifndef COPIES
+#define COPIES 4     // of the table: 4, 8 or 16
+#endif
+#ifndef GUARDED
+#define GUARDED 1
+#endif
+#ifndef SHARED_BASE
+#define SHARED_BASE 1024
+#endif
+
+constexpr int ROWS = 8, TILE = ROWS * WARPS;  // rows of a warp and of a block
+constexpr int ROWS_PER_TURN = 32 / LANES, TURNS = ROWS / ROWS_PER_TURN, CODES = 4 * WORDS, BLOCK = LANES * WORDS;
+
+#if NZ > 3
+typedef uint2 Entry;
+constexpr u32 ENTRY_BYTES = 8;
+#else
+typedef u32 Entry;
+constexpr u32 ENTRY_BYTES = 4;
+#endif
+constexpr u32 TABLE_BYTES = 512 * ENTRY_BYTES * COPIES, DIGITS = SHARED_BASE + TABLE_BYTES;
+// A codeword, its state and the copy make 16 bits: this shift makes them an offset into the table.
+constexpr int SHIFT = COPIES * ENTRY_BYTES == 16 ? 3 : COPIES * ENTRY_BYTES == 32 ? 2 : COPIES * ENTRY_BYTES == 64 ? 1 : 0;
+static_assert(COPIES * ENTRY_BYTES << SHIFT == 128, "an entry's copies take 16, 32, 64 or 128 bytes");
+
+extern __shared__ __align__(128) u8 shared[];  // table, digits
+
+__device__ __forceinline__ u32 entry_word(const Entry& e, int z) {
+#if NZ > 3
+  return z < 4 ? e.x : e.y;
+#else
+  return e;
+#endif
+}
+__device__ __forceinline__ u32 last_word_of(const Entry& e) { return entry_word(e, 7); }
+#if NZ == 2
+constexpr u32 NOTHING = 0, FIRST = 0x80000000u, SECOND = 0x01000000u;  // marks in the free byte: there is a first, a second nonzero
+#else
+constexpr u32 NOTHING = 0xff000000u;  // in an entry's last word: no nonzero
+#endif
+
+#include "scatter.cuh"
+
+// Codewords that are on their way: of the rows a warp decodes now, and the places of those it decodes next.
+struct Ahead { u32 word[WORDS], at, n, at1, n1; };
+
+// A warp's eight rows of one item.
+struct Decoder {
+  const u32* words_of;
+  const u32* starts;
+  int first, rows, lane, j, group;
+
+  // Beyond the last row it is decoded again, for nobody.
+  __device__ __forceinline__ void row_words(int turn, u32& at, u32& n) const {
+    const int row = min(first + turn * ROWS_PER_TURN + group, rows - 1);
+    at = __ldg(starts + row);
+    n = __ldg(starts + row + 1) - at;
+  }
+  // The buffer has BLOCK words after its last row, so all but the last two loads need no bound.
+  __device__ __forceinline__ void load(Ahead& ahead, u32 at, u32 n) const {
+    const u32* from = words_of + at + j;
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) ahead.word[i] = i < WORDS - 2 || i * LANES + j < (int)n ? __ldg(from + i * LANES) : 0u;
+  }
+  __device__ __forceinline__ void start(Ahead& ahead) const {
+    row_words(0, ahead.at, ahead.n);
+    ahead.at1 = ahead.n1 = 0;
+    if (TURNS > 1) row_words(1, ahead.at1, ahead.n1);
+    load(ahead, ahead.at, ahead.n);
+  }
+
+  // own: where this warp's digits stand, in bits from DIGITS; row_bits from one row to the next.
+  __device__ __forceinline__ void run(Ahead& ahead, u32 T, u32 own, u32 row_bits) const {
+    // As gather.cu: T in 1..128: c >= T where the top bit of c or of (c & 127) + 128 - T is set; T in 129..256: where both
+    // are, with 256 - T.  Both are the majority with `either`.
+    const u32 either = T <= 128 ? ~0u : 0u, add = ((T <= 128 ? 128u : 256u) - T) * 0x01010101u;
+    const u32 copy = (lane % COPIES) * (ENTRY_BYTES << SHIFT) * 0x01010101u;
+#pragma unroll 1
+    for (int turn = 0; turn < TURNS; turn++) {
+      const int local = turn * ROWS_PER_TURN + group;
+      const u32 origin = own + local * row_bits;
+      u32 at = ahead.at, left = ahead.n, carry = 0, position = origin, at2 = 0, n2 = 0;
+      if (turn + 2 < TURNS) row_words(turn + 2, at2, n2);
+      bool last;
+      do {
+        u32 w[WORDS];
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) w[i] = ahead.word[i];
+        const u32 here = ONE ? left : min(left, (u32)BLOCK);
+        const int mine = (here + LANES - 1 - j) / LANES;
+        int most = (here + LANES - 1) / LANES;
+        if (ROWS_PER_TURN > 1) most = __reduce_max_sync(FULL_WARP, most);
+        left -= here;
+        at += here;
+        last = ONE || (ROWS_PER_TURN > 1 ? !__any_sync(FULL_WARP, left > 0) : left == 0);
+        if (!last) load(ahead, at, left);
+        else if (turn + 1 < TURNS) load(ahead, ahead.at1, ahead.n1);
+
+        u32 last_word = w[0];
+#pragma unroll
+        for (int i = 1; i < WORDS; i++) last_word = mine > i ? w[i] : last_word;
+        u32 before = __shfl_up_sync(FULL_WARP, last_word, 1, LANES);
+        if (j == 0) before = carry;
+        Entry entry[CODES];
+        u32 length = 0;
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) {
+          if (i >= USUAL && i >= most) break;
+          const u32 previous = __funnelshift_l(i ? w[i - 1] : before, w[i], 8);
+          const u32 sum = (previous & 0x7f7f7f7fu) + add;
+          const u32 second = (sum & previous) | ((sum | previous) & either);
+          const u32 low = (second & 0x80808080u) | copy;
+          const u32 two[2] = {__byte_perm(w[i], low, 0x1504), __byte_perm(w[i], low, 0x3726)};
+          const bool there = i < mine;
+#pragma unroll
+          for (int k = 0; k < 4; k++) {
+            Entry e = load_entry(k & 1 ? two[k >> 1] >> (16 + SHIFT) : two[k >> 1] >> SHIFT & 0xffffu >> SHIFT);
+#if NZ > 3
+            if (i >= SURE && !there) e = make_uint2(0, NOTHING);
+#else
+            if (i >= SURE && !there) e = NOTHING;
+#endif
+            entry[4 * i + k] = e;
+            length = __dp4a(entry_word(e, 0), 1u, length);
+          }
+        }
+        u32 end = length;
+#pragma unroll
+        for (int s = 1; s < LANES; s <<= 1) end = scan_step(end, s);
+        u32 base = position + end - length;
+        if (!last) {
+          position += __shfl_sync(FULL_WARP, end, LANES - 1, LANES);
+          carry = __shfl_sync(FULL_WARP, last_word, LANES - 1, LANES);
+        }
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) {
+          if (i >= USUAL && i >= most) break;
+#pragma unroll
+          for (int k = 0; k < 4; k++) {
+            const Entry e = entry[4 * i + k];
+#if NZ == 2
+            put_bit(__dp4a(e, 1u << 8, base), e >> 31);
+#if GUARDED
+            put_digit(__dp4a(e, 1u << 16, base), e & SECOND);
+#else
+            put_bit(__dp4a(e, 1u << 16, base), e >> 24 & 1);
+#endif
+#else
+            const bool some = last_word_of(e) < NOTHING;
+#pragma unroll
+            for (int z = 1; z <= NZ; z++) put_digit(__dp4a(entry_word(e, z), 1u << (8 * (z & 3)), base), some);
+#endif
+            base = __dp4a(entry_word(e, 0), 1u, base);
+          }
+        }
+      } while (!last);
+      ahead.at = ahead.at1;
+      ahead.n = ahead.n1;
+      ahead.at1 = at2;
+      ahead.n1 = n2;
+    }
+  }
+};
+
+// Items first_item to first_item + max_items - 1, as far as there are.  pitch: words of digits per row in shared memory, with room
+// for four phrases beyond the row (the last one, and three padding codewords), and an odd multiple of 4, so that eight rows lie in
+// different banks.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
+decode_digits(const u32* codes, const u64* expert_start, const u32* row_start, const u8* dictionary, const u32* threshold,
+              const Entry* tables, const int* n_items, const int* item_expert, u8* out, int rows, int cols, int pitch,
+              int first_item, int max_items) {
+  if ((u32)__cvta_generic_to_shared(shared) != SHARED_BASE) __trap();
+  const int lane = threadIdx.x & 31, warp = __shfl_sync(FULL_WARP, threadIdx.x >> 5, 0);  // known to be the same in all lanes
+  const int blocks = (cols + 63) / 64, tiles = (rows + TILE - 1) / TILE, padded = (rows + 63) / 64 * 64;
+  const u32 total = (u32)tiles * max(0, min(*n_items - first_item, max_items)), own = warp * ROWS * pitch;
+  u32* const digits = (u32*)(shared + TABLE_BYTES) + own;
+  for (int i = lane; i < ROWS * pitch / 4; i += 32) ((uint4*)digits)[i] = make_uint4(0, 0, 0, 0);
+  __syncwarp();
+
+  Ahead ahead;
+  int known = -1;  // the dictionary whose table is there
+  auto decoder_of = [&](u32 unit, int& d, u32& item) {
+    item = unit / tiles;
+    const int expert = item_expert[first_item + item];
+    d = dictionary[expert];
+    return Decoder{codes + expert_start[expert], row_start + (u64)expert * (rows + 1), (int)(unit - item * tiles) * TILE + warp * ROWS,
+                   rows, lane, lane % LANES, lane / LANES};
+  };
+  u32 item, next_item;
+  int d, next_d;
+  Decoder decoder, next;
+  if (blockIdx.x < total) {
+    decoder = decoder_of(blockIdx.x, d, item);
+    decoder.start(ahead);
+  }
+  for (u32 unit = blockIdx.x; unit < total; unit += gridDim.x) {
+    if (d != known) {
+      __syncthreads();  // nobody reads the old one
+      for (int i = threadIdx.x; i < 512; i += 32 * WARPS) {
+        Entry e = __ldg(tables + 512 * d + i);
+#if NZ == 2
+        if (e >> 24) e &= 0xffu;
+        else e |= (e >> 8 & 0xffu) == (e >> 16 & 0xffu) ? FIRST : FIRST | SECOND;
+#endif
+#pragma unroll
+        for (int k = 0; k < (int)(COPIES * ENTRY_BYTES / 16); k++)
+#if NZ > 3
+          ((uint4*)shared)[i * (COPIES / 2) + k] = make_uint4(e.x, e.y, e.x, e.y);
+#else
+          ((uint4*)shared)[i * (COPIES / 4) + k] = make_uint4(e, e, e, e);
+#endif
+      }
+      __syncthreads();
+      known = d;
+    }
+    const bool some = decoder.first < rows;
+    if (some) decoder.run(ahead, threshold[d], own * 32, pitch * 32);
+    __syncwarp();
+    if (unit + gridDim.x < total) {
+      next = decoder_of(unit + gridDim.x, next_d, next_item);
+      next.start(ahead);
+    }
+    const int row = decoder.first + (lane & 7);
+    if (some) {
+    uint4* from = (uint4*)(digits + (lane & 7) * pitch) + (lane >> 3);
+    uint4* to = (uint4*)out + ((u64)item * blocks + (lane >> 3)) * padded + row;
+#pragma unroll 4
+    for (int block = lane >> 3; block < blocks; block += 4) {
+      const uint4 v = *from;
+      *from = make_uint4(0, 0, 0, 0);
+      *to = v;
+      from += 4;
+      to += 4 * padded;
+    }
+    for (int i = 4 * blocks + lane / 8; i < pitch; i += 4) digits[(lane & 7) * pitch + i] = 0;  // what padding codewords left
+    }
+    __syncwarp();
+    decoder = next;
+    d = next_d;
+    item = next_item;
+  }
+}

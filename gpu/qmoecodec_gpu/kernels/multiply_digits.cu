@@ -1,0 +1,227 @@
+// Products of large items with experts that decode_digits.cu has decoded to two-bit digits, on Hopper (sm_90a).
+//
+// Naively, for each item (expert, tokens), each token and each row:
+//   y[token][row] = sum over columns of level[row][digit[row][column]] * x[token][column]
+//
+// Optimisations:
+//  1. wgmma multiplies: weights from registers, x from shared memory.  The order of columns within a sum is free, so a lane's
+//     word of 16 digits makes its fragments of four steps: digits of one step stand at every eighth bit, shift and mask spread
+//     them, one multiplication makes byte selectors of them, and prmt selects 0, the low or the high level: two 16-bit
+//     numbers at once.  arrange.cu has put x into the same order, in the blocks that wgmma reads.
+//  2. A warp of its own orders stages of 64 columns, digits of up to GROUPS row groups and x of all the item's tokens, by bulk
+//     copies into a ring that is as deep as shared memory allows.  Each warpgroup takes a group of 64 rows, so x passes the L2
+//     cache once for 64 * GROUPS rows; up to 128 tokens share the making of a fragment.
+//  3. Nothing waits for a whole block: warpgroups store their sums from registers and go on.
+//  4. All row groups of all items are dealt out evenly: chunks of GROUPS groups in turn, so that neighbours read the same x at the
+//     same time, and what does not make a whole turn in smaller chunks.
+//
+// Trusts: levels of x's type, finite; x finite.
+#include "common.cuh"
+#include "hopper.cuh"
+
+#ifndef GROUPS
+#define GROUPS 4       // of 64 rows, one for each warpgroup
+#endif
+#ifndef SLOTS
+#define SLOTS 11       // stages that the ring holds
+#endif
+#ifndef SHARED_BASE
+#define SHARED_BASE 1024
+#endif
+
+constexpr int MAX_TOKENS = 128, WARPS = 4 * GROUPS, THREADS = 32 * WARPS + 128;
+// The warpgroup that orders needs few registers; the others share what is left.
+constexpr int FEW = 24, MANY = (65536 - 128 * FEW) / (128 * GROUPS) / 8 * 8, REGISTERS = MANY < 240 ? MANY : 240;
+constexpr u32 X_BYTES = 128 * MAX_TOKENS, SLOT_BYTES = X_BYTES + 1024 * GROUPS;  // of a stage: x, digits
+constexpr u32 BARRIERS = SHARED_BASE + SLOTS * SLOT_BYTES, EMPTY = 8 * SLOTS;    // full ones, EMPTY further empty ones
+
+extern __shared__ __align__(128) u8 shared[];  // ring, barriers
+
+// A place in the ring; all warps go round it alike.
+struct Place {
+  u32 slot, parity;
+  __device__ __forceinline__ u32 full() const { return BARRIERS + 8 * slot; }
+  __device__ __forceinline__ u32 x() const { return SHARED_BASE + slot * SLOT_BYTES; }
+  __device__ __forceinline__ void next() {
+    if (++slot == SLOTS) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// The weights of step `step` (0 to 3) out of a word of 16 digits: digits step, step + 4 to `one`, step + 8, step + 12 to `two`.
+__device__ __forceinline__ void make_pairs(u32 word, int step, u32 low, u32 high, u32& one, u32& two) {
+  const u32 four = word >> (2 * step) & 0x03030303u, select = four * 0x31u;  // digit d: bytes d and 3 d of the two
+  one = permute(low, high, select);
+  two = permute(low, high, select >> 16);
+}
+
+// Some row groups of one item.
+struct Chunk { u32 item, group, n; };
+
+// Call `work` for this block's chunks of `total` row groups, of which each item has `per_item`.
+template <class Work> __device__ __forceinline__ void for_chunks(u32 total, u32 per_item, const Work& work) {
+  const u32 turn = GROUPS * gridDim.x, whole = total / turn * turn, less = (total - whole + gridDim.x - 1) / gridDim.x;
+  for (u32 at = 0;; at += turn) {
+    const bool last = at == whole;
+    const u32 size = last ? less : GROUPS, end = min(at + (blockIdx.x + 1) * size, total);
+    for (u32 begin = at + blockIdx.x * size; begin < end;) {
+      const u32 item = begin / per_item, group = begin - item * per_item, n = min(end - begin, per_item - group);
+      work(Chunk{item, group, n});
+      begin += n;
+    }
+    if (last) break;
+  }
+}
+
+// What outputs need.
+struct Output {
+  u16* y;
+  i64 y_stride;
+  const float* scale;  // per token, or null
+  int relu, rows;
+  const int *item_first, *item_count, *slot_token;
+};
+
+// Store the sums c[TOKENS / 2] of a warpgroup's 64 rows.  All that this needs is made after the products, which need the registers.
+template <int TOKENS> __device__ __forceinline__ void store(const float* c, Chunk chunk, const Output& out) {
+  hold(chunk.item);
+  const u32 thread = thread_number(), lane = thread & 31;
+  const int row = 64 * (chunk.group + (thread >> 7)) + 16 * (thread >> 5 & 3) + (lane >> 2), n_tokens = out.item_count[chunk.item];
+  const int* const tokens = out.slot_token + out.item_first[chunk.item];
+  int token[(TOKENS + 31) / 32];
+#pragma unroll
+  for (int i = 0; i < TOKENS; i += 32) token[i / 32] = i + (int)lane < n_tokens ? __ldg(tokens + i + lane) : -1;
+#pragma unroll
+  for (int i = 0; i < TOKENS / 2; i += 4)
+#pragma unroll
+    for (int b = 0; b < 2; b++) {
+      const int to = __shfl_sync(FULL_WARP, token[i / 16], 2 * i % 32 + 2 * (lane & 3) + b);
+      const float factor = out.scale && to >= 0 ? __ldg(out.scale + to) : 1.f;
+      u16* const y = out.y + to * out.y_stride + row;
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const float sum = c[i + b + 2 * half];
+        const u16 value = float_to_half((out.relu && sum < 0.f ? 0.f : sum) * factor, X_F16);  // a NaN stays one
+        if (to >= 0 && row + 8 * half < out.rows) y[8 * half] = value;
+      }
+    }
+}
+
+// The product of this warpgroup's 64 rows with up to TOKENS tokens, in 8 * octets slots.  low, high: levels of this lane's two
+// rows, as `permute` takes them.  digits: where in a stage this lane's first word stands.
+template <int TOKENS> __device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 digits, int octets, int blocks,
+                                                               Place& place, const Chunk& chunk, const Output& out) {
+  constexpr int QUEUED = TOKENS > 32 ? 1 : 2;  // steps whose products are queued together; registers do not suffice for more
+  const int lane = threadIdx.x & 31;
+  // Blocks of 8 tokens by 8 columns: 128 bytes apart along the tokens, octets * 128 along the columns.
+  const u64 layout = (u64)8 << 32 | (octets * 8) << 16;
+  const u32 step = octets * 16;  // 16-byte units
+  float c[TOKENS / 2];
+#pragma unroll
+  for (int i = 0; i < TOKENS / 2; i++) c[i] = 0.f;
+  u32 a[2][QUEUED][4];
+  u32 before = 0;  // the barrier of the stage before
+#pragma unroll 1
+  for (int block = 0; block < blocks; block++) {
+    wait_barrier(place.full(), place.parity);
+    const u32 word[2] = {load_shared(place.x() + digits), load_shared(place.x() + digits + 128)};
+    const u32 operand = place.x() / 16;
+#pragma unroll
+    for (int s = 0; s < 4; s += QUEUED) {
+      u32(*const here)[4] = a[s / QUEUED & 1];
+      u64 b[QUEUED];
+#pragma unroll
+      for (int k = 0; k < QUEUED; k++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) make_pairs(word[i], s + k, low[i], high[i], here[k][i], here[k][2 + i]);
+        b[k] = layout | (operand + (s + k) * step);
+      }
+#pragma unroll
+      for (int k = 0; k < QUEUED; k++) hold(here[k], b[k]);
+      begin_products();
+#pragma unroll
+      for (int k = 0; k < QUEUED; k++) wgmma<TOKENS>(c, here[k], b[k]);
+      end_products();
+      wait_products<1>();
+      if (s == 0 && block && lane == 0) arrive(before + EMPTY);
+    }
+    before = place.full();
+    place.next();
+  }
+  wait_products<0>();
+#pragma unroll
+  for (int i = 0; i < TOKENS / 2; i++) hold(c[i]);
+  if (lane == 0) arrive(before + EMPTY);
+
+  store<TOKENS>(c, chunk, out);
+}
+
+// Items first_item to first_item + max_items - 1, as far as there are; digits: theirs, as decode_digits.cu leaves them.
+// item_first, item_count: the places of an item's tokens in slot_token (route.cu); x as arrange.cu leaves it.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+multiply_digits(const u8* digits, const u32* levels, const u8* x, u16* y, i64 y_stride, const float* scale, int relu, int rows,
+                int cols, const int* n_items, const int* item_expert, const int* item_first, const int* item_count,
+                const int* slot_token, int first_item, int max_items) {
+  if ((u32)__cvta_generic_to_shared(shared) != SHARED_BASE) __trap();
+  const int warp = __shfl_sync(FULL_WARP, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;  // known to be the same in all lanes
+  const int blocks = (cols + 63) / 64;
+  const u32 per_item = (rows + 63) / 64, total = per_item * max(0, min(*n_items - first_item, max_items));
+  if (threadIdx.x < 2 * SLOTS) init_barrier(BARRIERS + 8 * threadIdx.x, threadIdx.x < SLOTS ? 1 : WARPS);
+  publish_barriers();
+  __syncthreads();
+  item_expert += first_item;
+  item_first += first_item;
+  item_count += first_item;
+
+  const Output out{y, y_stride, scale, relu, rows, item_first, item_count, slot_token};
+  Place place{0, 0};
+  if (warp >= WARPS) {
+    give_registers<FEW>();
+    if (warp > WARPS || lane) return;
+    for_chunks(total, per_item, [&](const Chunk& chunk) {
+      const u32 x_bytes = (item_count[chunk.item] + 7) / 8 * 1024, digit_bytes = chunk.n * 1024;
+      const u8* from_x = x + (u64)item_first[chunk.item] * blocks * 128;
+      const u8* from_digits = digits + ((u64)chunk.item * blocks * per_item + chunk.group) * 1024;
+#pragma unroll 1
+      for (int block = 0; block < blocks; block++) {
+        wait_barrier(place.full() + EMPTY, place.parity ^ 1);
+        arrive_and_expect(place.full(), x_bytes + digit_bytes);
+        copy_to_shared(place.x() + X_BYTES, from_digits, digit_bytes, place.full());
+        copy_to_shared(place.x(), from_x, x_bytes, place.full());
+        from_x += x_bytes;
+        from_digits += per_item * 1024;
+        place.next();
+      }
+    });
+  } else {
+  take_registers<REGISTERS>();
+  for_chunks(total, per_item, [&](const Chunk& chunk) {
+    const u32 group = warp >> 2;
+    if (group >= chunk.n) {
+#pragma unroll 1
+      for (int block = 0; block < blocks; block++) {
+        wait_barrier(place.full(), place.parity);
+        if (lane == 0) arrive(place.full() + EMPTY);
+        place.next();
+      }
+      return;
+    }
+    const int in_tile = 64 * group + 16 * (warp & 3) + (lane >> 2), row = 64 * chunk.group + in_tile;
+    const int expert = item_expert[chunk.item], octets = (item_count[chunk.item] + 7) / 8;
+    u32 low[2], high[2];  // zero, first bytes of the low and the high level, second byte of the low one; in byte 2 that of the high
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const u32 pair = row + 8 * i < rows ? __ldg(levels + (u64)expert * rows + row + 8 * i) : 0u;
+      low[i] = (pair << 8 & 0xff00u) | (pair & 0xff0000u) | (pair << 16 & 0xff000000u);
+      high[i] = pair >> 8 & 0xff0000u;
+    }
+    const u32 words = X_BYTES + 16 * in_tile + 4 * (lane & 3);
+    if (octets <= 2) multiply<16>(low, high, words, octets, blocks, place, chunk, out);
+    else if (octets <= 4) multiply<32>(low, high, words, octets, blocks, place, chunk, out);
+    else if (octets <= 8) multiply<64>(low, high, words, octets, blocks, place, chunk, out);
+    else multiply<128>(low, high, words, octets, blocks, place, chunk, out);
+  });
+  }
+}
