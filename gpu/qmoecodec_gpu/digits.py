@@ -143,13 +143,13 @@ def launch(
             shared_bytes=multiply.shared_bytes,
         )
 
-    main = torch.cuda.current_stream(device)
     if not options.beside:
         arranged = tiles.arrange(items, x)
         for part in range(n_parts):
             queue_decode(part)
             queue_multiply(part, arranged)
         return
+    main = torch.cuda.current_stream(device)
     other = torch.cuda.Stream(device)
     other.wait_stream(main)
     multiplied: list[torch.cuda.Event] = []

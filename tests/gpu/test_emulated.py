@@ -1,18 +1,20 @@
 """The kernels of digits.py on the host: their indices, their ring, their barriers (emulation/emulation.h)."""
 
+import dataclasses
+import importlib.util
 import pathlib
 import shutil
 import sys
+import types
 
 import numpy as np
 import pytest
-from qmoecodec_gpu import plan, tables
-
-import qmoecodec
+from qmoecodec_gpu import plan
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "emulation"))
 import build
 
+torch = pytest.importorskip("torch", reason="needs torch")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 GUARD = 4096  # bytes behind each output that must stay as they are
 MOST_SHARED = 232448
@@ -50,11 +52,6 @@ def lay_out(encoded, layout):
     return np.concatenate([*words, tail]), np.array(expert_start, np.uint64), row_start
 
 
-def facts(encoded):
-    words = (encoded.row_lengths.astype(np.int64) + 3) >> 2
-    return int(words.min()), float(words.mean()), int(words.max())
-
-
 def expected_digits(digits, padded, blocks):
     """As decode_digits.cu describes them: uint32[blocks, rows, 4]."""
     rows, cols = digits.shape
@@ -64,124 +61,139 @@ def expected_digits(digits, padded, blocks):
     return (two << (2 * np.arange(16, dtype=np.uint32))).sum(-1).astype(np.uint32).transpose(1, 0, 2)
 
 
-def to_bfloat16(values):
-    bits = values.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+class Emulated:
+    """Stands in for qmoecodec_gpu.modules: kernels run on the host, and buffers of theirs are torch's on the host."""
+
+    def __init__(self, folder, n_multiprocessors):
+        self.folder, self.n, self.kernels, self.seed, self.launched = folder, n_multiprocessors, {}, 0, []
+
+    def function(self, device, file, name, macros=None):
+        key = (name, tuple(sorted((macros or {}).items())))
+        if key not in self.kernels:
+            self.kernels[key] = build.Kernel(self.folder, file, name, macros or {})
+        self.launched.append(name)
+        return self.kernels[key]
+
+    def launch(self, device, kernel, grid, threads, args, *, shared_bytes=0):
+        self.seed += 1
+        kernel((grid, 1) if isinstance(grid, int) else grid, threads, shared_bytes, self.seed, args)
+
+    def patch(self, monkeypatch, modules):
+        for name in ("function", "launch"):
+            monkeypatch.setattr(modules, name, getattr(self, name))
+        for name, value in (("is_sm_90", True), ("max_shared_bytes", MOST_SHARED), ("n_multiprocessors", self.n), ("shared_base", 1024)):
+            monkeypatch.setattr(modules, name, lambda device, value=value: value)
 
 
-def from_bfloat16(values):
-    return (values.astype(np.uint32) << 16).view(np.float32)
+@pytest.fixture
+def emulated(tmp_path, monkeypatch):
+    if importlib.util.find_spec("cupy") is None:
+        monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
+    from qmoecodec_gpu import modules
+
+    stand_in = Emulated(tmp_path, 3)
+    stand_in.patch(monkeypatch, modules)
+    return stand_in
 
 
-def with_guard(n_bytes, fill=0xAB):
-    return np.full(n_bytes + GUARD, fill, np.uint8)
-
-
-def run(folder, case, rng, shape, counts, *, options, dictionaries, scale=False, relu=False, first_item=0, blocks_of_threads=3):
+def run(emulated, case, rng, shape, counts, *, dictionary, options=None, slots=None, scale=False, relu=False, monkeypatch=None):
     """Decode and multiply some items, and compare with float64."""
+    from qmoecodec_gpu import digits
+    from qmoecodec_gpu.experts import Bank, GpuExperts
+    from qmoecodec_gpu.matvec import Route
+
+    options = options or digits.Options()
     n_experts, rows, cols = shape
-    data = case(shape, 0.8, dictionaries[0], rng)
-    encoded = data.encoded
-    least, mean, most = facts(encoded)
-    layout = plan.choose_layout(least_words=least, mean_words=mean, most_words=most)
-    codes, expert_start, row_start = lay_out(encoded, layout)
-    phrases = tables.list_phrases(dictionaries[0])
-    decode = plan.plan_decode(
-        layout, cols=cols, max_phrase=dictionaries[0].max_phrase, max_nonzeros=phrases.max_nonzeros, max_shared_bytes=MOST_SHARED,
-        most_warps=options.get("most_warps", 16), is_guarded=options.get("is_guarded", True),
+    data = case(shape, 0.8, dictionary, rng)
+    words = (data.encoded.row_lengths.astype(np.int64) + 3) >> 2
+    layout = plan.choose_layout(least_words=int(words.min()), mean_words=float(words.mean()), most_words=int(words.max()))
+    codes, expert_start, row_start = (torch.from_numpy(a.view(a.dtype.str.replace("u", "i"))) for a in lay_out(data.encoded, layout))
+    levels = torch.from_numpy(data.levels).bfloat16()
+    cpu = torch.device("cpu")
+    experts = GpuExperts(
+        shape=shape, bank=Bank.upload((dictionary,), cpu), dictionary_index=torch.zeros(n_experts, dtype=torch.uint8), codes=codes,
+        expert_start=expert_start, row_start=row_start, levels=levels.view(torch.uint8), level_kind=0, layout=layout,
     )  # fmt: skip
-    multiply = plan.plan_multiply(options.get("groups", 4), max_shared_bytes=MOST_SHARED)
-    if "slots" in options:
-        slot = multiply.shared_bytes // multiply.slots
-        multiply = plan.MultiplyPlan(multiply.groups, options["slots"], options["slots"] * slot)
-    table = tables.scatter_entries(phrases, decode.form)
-    blocks, padded = -(-cols // 64), -(-rows // 64) * 64
+    if slots:
+        real = plan.plan_multiply
+        short = lambda groups, **most: dataclasses.replace(
+            real(groups, **most), slots=slots, shared_bytes=slots * (128 * plan.DIGITS_TOKENS + 1024 * groups + 16)
+        )
+        monkeypatch.setattr(plan, "plan_multiply", short)
 
-    # Work lists: item i is expert i % n_experts with counts[i] tokens, which are scattered over x.
-    n_tokens = sum(counts)
+    # Work lists as kernels/route.cu makes them: item i is expert i % n_experts, with counts[i] tokens scattered over x.
+    n_tokens, n = sum(counts), len(counts)
     order = rng.permutation(n_tokens)
-    n_items = np.array([len(counts)], np.int32)
-    item_expert = np.arange(len(counts), dtype=np.int32) % n_experts
-    item_first = np.cumsum([0, *(-(-c // 8) * 8 for c in counts[:-1])]).astype(np.int32)
-    item_count = np.array(counts, np.int32)
-    slots = int(item_first[-1]) + -(-counts[-1] // 8) * 8
-    slot_token = np.full(slots, -1, np.int32)
+    n_items, item_expert = np.zeros(6, np.int32), np.full((5, n_tokens), -1, np.int32)
+    n_items[4] = n
+    item_expert[4, :n] = np.arange(n) % n_experts
+    firsts = np.cumsum([0, *(-(-c // 8) * 8 for c in counts)])
+    item_tokens = np.full((5, 8 * n_tokens), -1, np.int32)
     expert_of = np.zeros(n_tokens, np.int64)
-    done = 0
+    ends = np.cumsum([0, *counts])
     for i, c in enumerate(counts):
-        slot_token[item_first[i] : item_first[i] + c] = order[done : done + c]
-        expert_of[order[done : done + c]] = item_expert[i]
-        done += c
-    x = to_bfloat16(rng.standard_normal((n_tokens, cols)))
-    levels = to_bfloat16(data.levels)
-    dictionary = np.zeros(n_experts, np.uint8)
-    i32 = np.int32
-    max_items = len(counts) - first_item + 2  # more than there are
+        mine = order[ends[i] : ends[i + 1]]
+        item_tokens[4, firsts[i] : firsts[i] + c] = mine
+        item_tokens[4, 6 * n_tokens + i], item_tokens[4, 7 * n_tokens + i] = firsts[i], c
+        expert_of[mine] = i % n_experts
+    lists = (torch.from_numpy(a) for a in (n_items, item_expert, item_tokens))
+    items = Route(*lists, n_tokens=n_tokens, n_experts=n_experts, largest=plan.DIGITS_TOKENS, max_large=n + 2)  # more than there are
 
-    arranged = with_guard(slots * blocks * 128)
-    build.Kernel(folder, "arrange.cu", "arrange_x", {})(
-        (len(counts), 2), 256, 0, 1, (x, cols, i32(cols), n_items, item_first, item_count, slot_token, arranged)
-    )
-    digits = with_guard((len(counts) - first_item) * blocks * padded * 16, 0xFF)
-    threshold = np.array([dictionaries[0].threshold if dictionaries[0].n_states == 2 else 256], np.uint32)
-    build.Kernel(folder, "decode_digits.cu", "decode_digits", decode.macros())(
-        (blocks_of_threads, 1), 32 * decode.warps, decode.shared_bytes, 2,
-        (codes, expert_start, row_start, dictionary, threshold, table, n_items, item_expert, digits, i32(rows), i32(cols),
-         i32(decode.pitch), i32(first_item), i32(max_items)),
-    )  # fmt: skip
-    assert (digits[-GUARD:] == 0xFF).all()
-    found = digits[:-GUARD].view(np.uint32).reshape(-1, blocks, padded, 4)
-    for i in range(len(counts) - first_item):
-        want = expected_digits(data.digits[item_expert[first_item + i]], padded, blocks)
+    x = torch.from_numpy(rng.standard_normal((n_tokens, cols))).bfloat16()
+    factors = torch.from_numpy(rng.random(n_tokens).astype(np.float32) + 0.5) if scale else None
+    at_once = options.at_once or items.max_large
+    size = digits.scratch_bytes(experts, at_once) * min(2, -(-items.max_large // at_once))
+    scratch = torch.full((size + GUARD,), 0xFF, dtype=torch.uint8)
+    y = torch.full((n_tokens * rows + GUARD,), float("nan"), dtype=torch.bfloat16)
+    target = y[: n_tokens * rows].view(n_tokens, rows)
+    digits.launch(experts, items, x, target, scratch=scratch[:size], options=options, relu=relu, scale=factors)
+    assert bool((scratch[size:] == 0xFF).all())
+    assert bool(y[n_tokens * rows :].isnan().all())
+
+    if not options.at_once:
+        blocks, padded = -(-cols // 64), -(-rows // 64) * 64
+        found = scratch[:size].numpy().view(np.uint32).reshape(-1, blocks, padded, 4)
         inside = expected_digits(np.ones((rows, cols), np.int8), padded, blocks)
         inside |= inside >> 1
-        np.testing.assert_array_equal((found[i] & inside)[:, :rows], want[:, :rows])
-        assert not (found[i] & found[i] >> 1 & 0x55555555)[:, :rows].any()  # no 3, also beyond the row
-
-    y = np.full(n_tokens * rows + GUARD, 0x7FFF, np.uint16)  # NaN
-    factors = rng.random(n_tokens).astype(np.float32) + 0.5 if scale else None
-    build.Kernel(folder, "multiply_digits.cu", "multiply_digits", multiply.macros(is_f16=False))(
-        (blocks_of_threads, 1), multiply.threads, multiply.shared_bytes, 3,
-        (digits, levels, arranged, y, rows, factors, i32(int(relu)), i32(rows), i32(cols), n_items, item_expert, item_first,
-         item_count, slot_token, i32(first_item), i32(max_items)),
-    )  # fmt: skip
-    assert (y[-GUARD:] == 0x7FFF).all()
-    got = from_bfloat16(y[:-GUARD].reshape(n_tokens, rows)).astype(np.float64)
-    skipped = np.zeros(n_tokens, bool)
-    for i in range(first_item):
-        skipped[slot_token[item_first[i] : item_first[i] + counts[i]]] = True
-    assert np.isnan(got[skipped]).all()
-    dense, wide = data.dense(), from_bfloat16(x).astype(np.float64)
+        for i in range(n):
+            want = expected_digits(data.digits[i % n_experts], padded, blocks)
+            np.testing.assert_array_equal((found[i] & inside)[:, :rows], want[:, :rows])
+            assert not (found[i] & found[i] >> 1 & 0x55555555)[:, :rows].any()  # no 3, also beyond the row
+    dense, wide = data.dense(), x.double().numpy()
     exact = np.einsum("trc,tc->tr", dense[expert_of], wide)
     bound = 2.0**-8 * np.abs(exact) + 1e-5 * np.einsum("trc,tc->tr", np.abs(dense[expert_of]), np.abs(wide)) + 1e-6
     if relu:
         exact = np.maximum(exact, 0)
     if factors is not None:
-        exact, bound = exact * factors[:, None], bound * factors[:, None]
-    assert (np.abs(got - exact)[~skipped] <= bound[~skipped]).all()
+        exact, bound = exact * factors.numpy()[:, None], bound * factors.numpy()[:, None]
+    assert (np.abs(target.double().numpy() - exact) <= bound).all()
 
 
 @pytest.mark.parametrize("name", ["8 bit, .885", "8 bit, 1/3", "8 bit, table"])
-def test_small(tmp_path, case, bank, name):
+def test_small(emulated, case, bank, name):
     """Items of every size class, a row group that is not whole, columns that are not whole blocks."""
-    rng = np.random.default_rng(51)
-    run(tmp_path, case, rng, (2, 140, 1031), (9, 20, 33, 128, 65), options={}, dictionaries=[bank[name]()])
+    run(emulated, case, np.random.default_rng(51), (2, 140, 1031), (9, 20, 33, 128, 65), dictionary=bank[name]())
+    assert emulated.launched == ["decode_digits", "multiply_digits", "arrange_x"]
 
 
 @pytest.mark.parametrize("groups", [2, 3, 4])
 @pytest.mark.parametrize("slots", [2, 5])
-def test_ring(tmp_path, case, bank, groups, slots):
+def test_ring(emulated, case, bank, monkeypatch, groups, slots):
     """Short rings, which go round often, and every number of row groups per block; chunks across items."""
+    from qmoecodec_gpu import digits
+
+    options, dictionary = digits.Options(groups=groups), bank["8 bit, .885"]()
     rng = np.random.default_rng(52)
-    options = {"groups": groups, "slots": slots}
-    run(tmp_path, case, rng, (3, 333, 300), (16, 64, 30, 100), options=options, dictionaries=[bank["8 bit, .885"]()])
-
-
-def test_options(tmp_path, case, bank):
-    """Scales and relu; not all items; blocks of eight warps; second nonzeros or'ed unguarded."""
-    rng = np.random.default_rng(53)
-    options = {"most_warps": 8, "is_guarded": False}
     run(
-        tmp_path, case, rng, (2, 100, 2080), (12, 40, 64), options=options, dictionaries=[bank["8 bit, .885"]()],
-        scale=True, relu=True, first_item=1, blocks_of_threads=2,
+        emulated, case, rng, (3, 333, 300), (16, 64, 30, 100), dictionary=dictionary, options=options, slots=slots,
+        monkeypatch=monkeypatch,
     )  # fmt: skip
+
+
+def test_options(emulated, case, bank):
+    """Scales and relu; two items at once; blocks of eight warps; second nonzeros or'ed unguarded."""
+    from qmoecodec_gpu import digits
+
+    options, dictionary = digits.Options(most_warps=8, is_guarded=False, at_once=2), bank["8 bit, .885"]()
+    rng = np.random.default_rng(53)
+    run(emulated, case, rng, (2, 100, 2080), (12, 40, 64), dictionary=dictionary, options=options, scale=True, relu=True)
