@@ -30,8 +30,8 @@
 #endif
 
 constexpr int MAX_TOKENS = 128, WARPS = 4 * GROUPS, THREADS = 32 * WARPS + 128;
-// The warpgroup that orders needs few registers; the others share what is left.
-constexpr int FEW = 24, MANY = (65536 - 128 * FEW) / (128 * GROUPS) / 8 * 8, REGISTERS = MANY < 240 ? MANY : 240;
+// Registers per thread: the block gets THREADS times ENTRY; the warpgroup that orders keeps FEW, the others share the rest.
+constexpr int ENTRY = 65536 / THREADS / 8 * 8, FEW = 24, MANY = (THREADS * ENTRY - 128 * FEW) / (128 * GROUPS) / 8 * 8;
 constexpr u32 X_BYTES = 128 * MAX_TOKENS, SLOT_BYTES = X_BYTES + 1024 * GROUPS;  // of a stage: x, digits
 constexpr u32 BARRIERS = SHARED_BASE + SLOTS * SLOT_BYTES, EMPTY = 8 * SLOTS;    // full ones, EMPTY further empty ones
 
@@ -196,7 +196,7 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, u16* y, i64 y_
       }
     });
   } else {
-  take_registers<REGISTERS>();
+  take_registers<MANY>();
   for_chunks(total, per_item, [&](const Chunk& chunk) {
     const u32 group = warp >> 2;
     if (group >= chunk.n) {
@@ -218,8 +218,7 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, u16* y, i64 y_
       high[i] = pair >> 8 & 0xff0000u;
     }
     const u32 words = X_BYTES + 16 * in_tile + 4 * (lane & 3);
-    if (octets <= 2) multiply<16>(low, high, words, octets, blocks, place, chunk, out);
-    else if (octets <= 4) multiply<32>(low, high, words, octets, blocks, place, chunk, out);
+    if (octets <= 4) multiply<32>(low, high, words, octets, blocks, place, chunk, out);
     else if (octets <= 8) multiply<64>(low, high, words, octets, blocks, place, chunk, out);
     else multiply<128>(low, high, words, octets, blocks, place, chunk, out);
   });
