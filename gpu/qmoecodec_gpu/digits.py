@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -19,17 +19,23 @@ class Options:
     """What may be chosen, for measurements.
 
     groups : row groups of 64 that a block multiplies at a time, 2 to 4
-    most_warps : of a block of the decoder: 16, or 8 for two blocks per multiprocessor
+    rows, warps, blocks : of the decoder, per warp, per block and per multiprocessor
     is_guarded : the decoder leaves out a missing second nonzero
     at_once : items decoded before they are multiplied; 0 for all
-    beside : decode items while the ones before are multiplied, on a stream of its own
+    beside : decode items while the ones before are multiplied, on a stream of its own; a multiprocessor has a block of each
     """
 
     groups: int = 4
-    most_warps: int = 16
+    rows: int = 8
+    warps: int = 16
+    blocks: int = 1
     is_guarded: bool = True
     at_once: int = 0
     beside: bool = False
+
+
+#: Beside each other: three row groups, so 512 threads of 96 registers, and 256 of 64 that decode, are all that there are.
+BESIDE: Final = Options(groups=3, rows=8, warps=8, blocks=2, beside=True)
 
 
 def plans_for(experts: GpuExperts, options: Options) -> tuple[plan.DecodePlan, plan.MultiplyPlan] | None:
@@ -43,10 +49,17 @@ def plans_for(experts: GpuExperts, options: Options) -> tuple[plan.DecodePlan, p
         max_phrase=max(d.max_phrase for d in experts.bank.dictionaries),
         max_nonzeros=max(p.max_nonzeros for p in experts.bank.phrases),
         max_shared_bytes=most,
-        most_warps=options.most_warps,
+        rows=options.rows,
+        warps=options.warps,
+        blocks=options.blocks,
+        resident=4 if options.beside else 0,
         is_guarded=options.is_guarded,
     )
-    return None if decode is None else (decode, plan.plan_multiply(options.groups, max_shared_bytes=most))
+    if decode is None:
+        return None
+    if options.beside:
+        return decode, plan.plan_multiply(options.groups, max_shared_bytes=most - 1024 - decode.shared_bytes, entry=96)
+    return decode, plan.plan_multiply(options.groups, max_shared_bytes=most)
 
 
 def scratch_bytes(experts: GpuExperts, n_items: int) -> int:
@@ -84,17 +97,19 @@ def launch(
         raise ValueError(f"scratch has {scratch.numel()} bytes, not {part_bytes * min(2, n_parts)}")
     n_items, item_expert, slot_token = items.n_items[4:], items.item_expert[4], items.item_tokens[4]
     item_first, item_count = slot_token[6 * items.n_tokens :], slot_token[7 * items.n_tokens :]
-    base = {"SHARED_BASE": modules.shared_base(device)}
+    base, is_f16 = {"SHARED_BASE": modules.shared_base(device)}, x.dtype == torch.float16
     decoder = modules.function(device, "decode_digits.cu", "decode_digits", decode.macros() | base)
-    multiplier = modules.function(device, "multiply_digits.cu", "multiply_digits", multiply.macros(is_f16=x.dtype == torch.float16) | base)
+    multiplier = modules.function(device, "multiply_digits.cu", "multiply_digits", multiply.macros(is_f16=is_f16) | base)
     n_multiprocessors = modules.n_multiprocessors(device)
+    if options.beside:  # blocks of both fit only if all of the memory that can be shared is
+        decoder.preferred_shared_memory_carveout = multiplier.preferred_shared_memory_carveout = 100
 
     def queue_decode(part: int) -> None:
         count = min(at_once, items.max_large - part * at_once)
         modules.launch(
             device,
             decoder,
-            min(16 // decode.warps * n_multiprocessors, count * -(-rows // (8 * decode.warps))),
+            min((1 if options.beside and part else decode.blocks) * n_multiprocessors, count * -(-rows // decode.tile)),
             32 * decode.warps,
             (
                 p(experts.codes),
@@ -150,7 +165,7 @@ def launch(
             queue_multiply(part, arranged)
         return
     main = torch.cuda.current_stream(device)
-    other = torch.cuda.Stream(device)
+    other = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     other.wait_stream(main)
     multiplied: list[torch.cuda.Event] = []
     decoded: list[torch.cuda.Event] = []

@@ -259,7 +259,10 @@ DIGITS_TOKENS: Final = 128
 class DecodePlan:
     """One compiled form of kernels/decode_digits.cu.
 
-    warps : per block; 16 per multiprocessor
+    rows : of a warp at a time
+    warps : per block
+    blocks : that a multiprocessor has at a time
+    resident : blocks for which a multiprocessor has registers
     copies : of the table
     pitch : words of digits per row in shared memory
     is_guarded : a missing second nonzero is left out, rather than or'ed as a 0
@@ -267,11 +270,19 @@ class DecodePlan:
 
     layout: Layout
     form: ScatterForm
+    rows: int
     warps: int
+    blocks: int
+    resident: int
     copies: int
     pitch: int
     shared_bytes: int
-    is_guarded: bool = True
+    is_guarded: bool
+
+    @property
+    def tile(self) -> int:
+        """Rows of a block."""
+        return self.rows * self.warps
 
     def macros(self) -> dict[str, int]:
         """Return the macros that the kernel is compiled with."""
@@ -282,7 +293,9 @@ class DecodePlan:
             "SURE": self.layout.sure_words,
             "USUAL": self.layout.usual_words,
             "ONE": int(self.layout.one_block),
+            "ROWS": self.rows,
             "WARPS": self.warps,
+            "RESIDENT": self.resident,
             "COPIES": self.copies,
             "GUARDED": int(self.is_guarded),
         }
@@ -295,21 +308,30 @@ def plan_decode(
     max_phrase: int,
     max_nonzeros: int,
     max_shared_bytes: int,
-    most_warps: int = 16,
+    rows: int = 8,
+    warps: int = 16,
+    blocks: int = 1,
+    resident: int = 0,
     is_guarded: bool = True,
 ) -> DecodePlan | None:
-    """Plan the decoder to two-bit digits; None where a group does not fit it."""
+    """Plan the decoder to two-bit digits; None where a group does not fit it.
+
+    rows, warps : per warp and per block, fewer warps where they do not fit
+    resident : 0 for `blocks`
+    """
     if max_nonzeros > MAX_GATHER_NONZEROS or cols < 1 or max_phrase > ScatterForm.max_phrase:
         return None
     form = ScatterForm(next(n for n in _NONZEROS if n >= max_nonzeros))
+    rows = max(rows, 32 // layout.lanes)
     words = max(4 * -(-cols // 64), -(-(cols + 4 * max_phrase) // 16))
     pitch = words + (4 - words) % 8
-    for warps in (16, 8, 4, 2, 1):
-        limit = max_shared_bytes if warps == 16 else (max_shared_bytes + 1024) * warps // 16 - 1024  # of 16 warps together
+    limit = (max_shared_bytes + 1024) // blocks - 1024  # each block takes 1024 bytes for itself
+    while warps:
         for copies in (16, 8, 4):
-            shared = 2048 * form.n_words * copies + 32 * warps * pitch
-            if copies * form.n_words <= 32 and warps <= most_warps and shared <= (max_shared_bytes if warps == 1 else limit):
-                return DecodePlan(layout, form, warps, copies, pitch, shared, is_guarded)
+            shared = 2048 * form.n_words * copies + 4 * rows * warps * pitch
+            if copies * form.n_words <= 32 and shared <= limit:
+                return DecodePlan(layout, form, rows, warps, blocks, resident or blocks, copies, pitch, shared, is_guarded)
+        warps //= 2
     return None
 
 
@@ -319,11 +341,13 @@ class MultiplyPlan:
 
     groups : of 64 rows, one for each warpgroup
     slots : stages that the ring holds
+    entry : registers of each thread when a block begins; 0 for all there are
     """
 
     groups: int
     slots: int
     shared_bytes: int
+    entry: int = 0
 
     @property
     def threads(self) -> int:
@@ -332,11 +356,12 @@ class MultiplyPlan:
 
     def macros(self, *, is_f16: bool) -> dict[str, int]:
         """Return the macros that the kernel is compiled with."""
-        return {"GROUPS": self.groups, "SLOTS": self.slots, "X_F16": int(is_f16), "LEVEL_KIND": int(is_f16)}
+        macros = {"GROUPS": self.groups, "SLOTS": self.slots, "X_F16": int(is_f16), "LEVEL_KIND": int(is_f16)}
+        return macros | ({"ENTRY": self.entry} if self.entry else {})
 
 
-def plan_multiply(groups: int, *, max_shared_bytes: int) -> MultiplyPlan:
+def plan_multiply(groups: int, *, max_shared_bytes: int, entry: int = 0) -> MultiplyPlan:
     """Plan the product with two-bit digits: as many stages as fit."""
     slot = 128 * DIGITS_TOKENS + 1024 * groups
-    slots = (max_shared_bytes - 256) // slot
-    return MultiplyPlan(groups, slots, slots * (slot + 16))
+    slots = max_shared_bytes // (slot + 16)
+    return MultiplyPlan(groups, slots, slots * (slot + 16), entry)

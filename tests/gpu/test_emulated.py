@@ -9,6 +9,7 @@ import types
 
 import numpy as np
 import pytest
+
 from qmoecodec_gpu import plan
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "emulation"))
@@ -81,7 +82,8 @@ class Emulated:
     def patch(self, monkeypatch, modules):
         for name in ("function", "launch"):
             monkeypatch.setattr(modules, name, getattr(self, name))
-        for name, value in (("is_sm_90", True), ("max_shared_bytes", MOST_SHARED), ("n_multiprocessors", self.n), ("shared_base", 1024)):
+        facts = {"is_sm_90": True, "max_shared_bytes": MOST_SHARED, "n_multiprocessors": self.n, "shared_base": build.SHARED_BASE}
+        for name, value in facts.items():
             monkeypatch.setattr(modules, name, lambda device, value=value: value)
 
 
@@ -107,18 +109,21 @@ def run(emulated, case, rng, shape, counts, *, dictionary, options=None, slots=N
     data = case(shape, 0.8, dictionary, rng)
     words = (data.encoded.row_lengths.astype(np.int64) + 3) >> 2
     layout = plan.choose_layout(least_words=int(words.min()), mean_words=float(words.mean()), most_words=int(words.max()))
-    codes, expert_start, row_start = (torch.from_numpy(a.view(a.dtype.str.replace("u", "i"))) for a in lay_out(data.encoded, layout))
+    signed = [a.view(a.dtype.str.replace("u", "i")) for a in lay_out(data.encoded, layout)]
+    codes, expert_start, row_start = (torch.from_numpy(a) for a in signed)
     levels = torch.from_numpy(data.levels).bfloat16()
-    cpu = torch.device("cpu")
+    bank = Bank.upload((dictionary,), torch.device("cpu"))
     experts = GpuExperts(
-        shape=shape, bank=Bank.upload((dictionary,), cpu), dictionary_index=torch.zeros(n_experts, dtype=torch.uint8), codes=codes,
+        shape=shape, bank=bank, dictionary_index=torch.zeros(n_experts, dtype=torch.uint8), codes=codes,
         expert_start=expert_start, row_start=row_start, levels=levels.view(torch.uint8), level_kind=0, layout=layout,
     )  # fmt: skip
     if slots:
         real = plan.plan_multiply
-        short = lambda groups, **most: dataclasses.replace(
-            real(groups, **most), slots=slots, shared_bytes=slots * (128 * plan.DIGITS_TOKENS + 1024 * groups + 16)
-        )
+
+        def short(groups, **most):
+            shared_bytes = slots * (128 * plan.DIGITS_TOKENS + 1024 * groups + 16)
+            return dataclasses.replace(real(groups, **most), slots=slots, shared_bytes=shared_bytes)
+
         monkeypatch.setattr(plan, "plan_multiply", short)
 
     # Work lists as kernels/route.cu makes them: item i is expert i % n_experts, with counts[i] tokens scattered over x.
@@ -137,7 +142,8 @@ def run(emulated, case, rng, shape, counts, *, dictionary, options=None, slots=N
         item_tokens[4, 6 * n_tokens + i], item_tokens[4, 7 * n_tokens + i] = firsts[i], c
         expert_of[mine] = i % n_experts
     lists = (torch.from_numpy(a) for a in (n_items, item_expert, item_tokens))
-    items = Route(*lists, n_tokens=n_tokens, n_experts=n_experts, largest=plan.DIGITS_TOKENS, max_large=n + 2)  # more than there are
+    most = n + 2  # more than there are
+    items = Route(*lists, n_tokens=n_tokens, n_experts=n_experts, largest=plan.DIGITS_TOKENS, max_large=most)
 
     x = torch.from_numpy(rng.standard_normal((n_tokens, cols))).bfloat16()
     factors = torch.from_numpy(rng.random(n_tokens).astype(np.float32) + 0.5) if scale else None
@@ -191,9 +197,9 @@ def test_ring(emulated, case, bank, monkeypatch, groups, slots):
 
 
 def test_options(emulated, case, bank):
-    """Scales and relu; two items at once; blocks of eight warps; second nonzeros or'ed unguarded."""
+    """Scales and relu; two items at once; four rows per warp; second nonzeros or'ed unguarded."""
     from qmoecodec_gpu import digits
 
-    options, dictionary = digits.Options(most_warps=8, is_guarded=False, at_once=2), bank["8 bit, .885"]()
+    options, dictionary = digits.Options(rows=4, warps=8, blocks=3, is_guarded=False, at_once=2), bank["8 bit, .885"]()
     rng = np.random.default_rng(53)
     run(emulated, case, rng, (2, 100, 2080), (12, 40, 64), dictionary=dictionary, options=options, scale=True, relu=True)

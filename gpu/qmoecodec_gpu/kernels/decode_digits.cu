@@ -12,8 +12,8 @@
 //     shifted into 1, its value.  An entry with fewer nonzeros than places repeats its last one, which an or forgives.  With two
 //     places a mark says whether there is a first and a second one: a missing first is a 0, or'ed like a 1, a missing second is
 //     left out, as it is missing more often than not (GUARDED).
-//  2. A warp has eight rows to itself: it decodes them into its part of shared memory, then moves them out, 128 bytes of eight
-//     rows at a time, clearing behind it.  Warps wait for each other only when the dictionary changes, so some decode, which
+//  2. A warp has ROWS rows to itself: it decodes them into its part of shared memory, then moves them out, 16 bytes of each row
+//     side by side, clearing behind it.  Warps wait for each other only when the dictionary changes, so some decode, which
 //     keeps shared memory busy, while others wait for codewords or move digits.
 //  3. While a row is decoded, the next row's codewords are on their way; the next tile's first while this one's digits leave.
 //
@@ -47,12 +47,19 @@
 #ifndef GUARDED
 #define GUARDED 1
 #endif
+#ifndef ROWS
+#define ROWS 8       // of a warp at a time: 8 or 4, and 32 / LANES at least
+#endif
+#ifndef RESIDENT
+#define RESIDENT 1   // blocks for which a multiprocessor has registers
+#endif
 #ifndef SHARED_BASE
 #define SHARED_BASE 1024
 #endif
 
-constexpr int ROWS = 8, TILE = ROWS * WARPS;  // rows of a warp and of a block
+constexpr int TILE = ROWS * WARPS, ABREAST = 32 / ROWS;  // rows of a block; blocks of columns that leave at a time
 constexpr int ROWS_PER_TURN = 32 / LANES, TURNS = ROWS / ROWS_PER_TURN, CODES = 4 * WORDS, BLOCK = LANES * WORDS;
+static_assert(ROWS % ROWS_PER_TURN == 0, "whole turns");
 
 #if NZ > 3
 typedef uint2 Entry;
@@ -87,7 +94,7 @@ constexpr u32 NOTHING = 0xff000000u;  // in an entry's last word: no nonzero
 // Codewords that are on their way: of the rows a warp decodes now, and the places of those it decodes next.
 struct Ahead { u32 word[WORDS], at, n, at1, n1; };
 
-// A warp's eight rows of one item.
+// A warp's rows of one item.
 struct Decoder {
   const u32* words_of;
   const u32* starts;
@@ -208,7 +215,7 @@ struct Decoder {
 // Items first_item to first_item + max_items - 1, as far as there are.  pitch: words of digits per row in shared memory, with room
 // for four phrases beyond the row (the last one, and three padding codewords), and an odd multiple of 4, so that eight rows lie in
 // different banks.
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
 decode_digits(const u32* codes, const u64* expert_start, const u32* row_start, const u8* dictionary, const u32* threshold,
               const Entry* tables, const int* n_items, const int* item_expert, u8* out, int rows, int cols, int pitch,
               int first_item, int max_items) {
@@ -263,19 +270,19 @@ decode_digits(const u32* codes, const u64* expert_start, const u32* row_start, c
       next = decoder_of(unit + gridDim.x, next_d, next_item);
       next.start(ahead);
     }
-    const int row = decoder.first + (lane & 7);
     if (some) {
-    uint4* from = (uint4*)(digits + (lane & 7) * pitch) + (lane >> 3);
-    uint4* to = (uint4*)out + ((u64)item * blocks + (lane >> 3)) * padded + row;
+      const int local = lane % ROWS, ahead_of = lane / ROWS;
+      uint4* from = (uint4*)(digits + local * pitch) + ahead_of;
+      uint4* to = (uint4*)out + ((u64)item * blocks + ahead_of) * padded + decoder.first + local;
 #pragma unroll 4
-    for (int block = lane >> 3; block < blocks; block += 4) {
-      const uint4 v = *from;
-      *from = make_uint4(0, 0, 0, 0);
-      *to = v;
-      from += 4;
-      to += 4 * padded;
-    }
-    for (int i = 4 * blocks + lane / 8; i < pitch; i += 4) digits[(lane & 7) * pitch + i] = 0;  // what padding codewords left
+      for (int block = ahead_of; block < blocks; block += ABREAST) {
+        const uint4 v = *from;
+        *from = make_uint4(0, 0, 0, 0);
+        *to = v;
+        from += ABREAST;
+        to += ABREAST * padded;
+      }
+      for (int i = 4 * blocks + ahead_of; i < pitch; i += ABREAST) digits[local * pitch + i] = 0;  // what padding codewords left
     }
     __syncwarp();
     decoder = next;

@@ -31,7 +31,13 @@
 
 constexpr int MAX_TOKENS = 128, WARPS = 4 * GROUPS, THREADS = 32 * WARPS + 128;
 // Registers per thread: the block gets THREADS times ENTRY; the warpgroup that orders keeps FEW, the others share the rest.
-constexpr int ENTRY = 65536 / THREADS / 8 * 8, FEW = 24, MANY = (THREADS * ENTRY - 128 * FEW) / (128 * GROUPS) / 8 * 8;
+#ifdef ENTRY
+#define BOUNDS __maxnreg__(ENTRY)
+#else
+#define BOUNDS __launch_bounds__(THREADS, 1)
+#define ENTRY (65536 / THREADS / 8 * 8)
+#endif
+constexpr int FEW = 24, MANY = (THREADS * ENTRY - 128 * FEW) / (128 * GROUPS) / 8 * 8;
 constexpr u32 X_BYTES = 128 * MAX_TOKENS, SLOT_BYTES = X_BYTES + 1024 * GROUPS;  // of a stage: x, digits
 constexpr u32 BARRIERS = SHARED_BASE + SLOTS * SLOT_BYTES, EMPTY = 8 * SLOTS;    // full ones, EMPTY further empty ones
 
@@ -160,7 +166,7 @@ template <int TOKENS> __device__ __forceinline__ void multiply(const u32* low, c
 
 // Items first_item to first_item + max_items - 1, as far as there are; digits: theirs, as decode_digits.cu leaves them.
 // item_first, item_count: the places of an item's tokens in slot_token (route.cu); x as arrange.cu leaves it.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void BOUNDS
 multiply_digits(const u8* digits, const u32* levels, const u8* x, u16* y, i64 y_stride, const float* scale, int relu, int rows,
                 int cols, const int* n_items, const int* item_expert, const int* item_first, const int* item_count,
                 const int* slot_token, int first_item, int max_items) {

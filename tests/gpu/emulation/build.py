@@ -49,12 +49,12 @@ class Kernel:
             + source(file)
             + "static void** given;\n"
             + f"static void work() {{ call({name}, given); }}\n"
-            + 'extern "C" const char* emulate(unsigned x, unsigned y, unsigned threads, unsigned bytes, unsigned seed, void** arguments) {\n'
+            + 'extern "C" const char* emulate(u32 x, u32 y, u32 threads, u32 bytes, u32 seed, void** arguments) {\n'
             + "  given = arguments;\n  return launch(x, y, threads, bytes, seed, work);\n}\n"
         )
         library = folder / f"{stem}.so"
         defines = [f"-D{key}={value}" for key, value in macros.items()]
-        command = ["g++", "-std=c++17", "-O1", "-g", "-w", "-fpermissive", "-shared", "-fPIC", f"-I{HERE}", "-DDIGITS_ARE_SCATTERED"]
+        command = ["g++", "-std=c++17", "-O1", "-g", "-w", "-fpermissive", "-shared", "-fPIC", f"-I{HERE}"]
         done = subprocess.run([*command, *defines, str(code), "-o", str(library)], capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr)

@@ -265,7 +265,6 @@ template <int N> void wait_products() {
   }
 }
 
-#ifdef DIGITS_ARE_SCATTERED
 // Called from within the kernel's file, where Entry, LANES and DIGITS are known.
 #define SCATTER \
   static Entry load_entry(u32 offset) { Entry e; memcpy(&e, shared_at(SHARED_BASE + offset, sizeof e), sizeof e); return e; } \
@@ -275,7 +274,6 @@ template <int N> void wait_products() {
   } \
   static void put_bit(u32 at, u32 value) { *(u32*)shared_at(DIGITS + (at >> 3 & ~3u), 4) |= value << (at & 31); } \
   static void put_digit(u32 at, bool there) { if (there) put_bit(at, 1); }
-#endif
 
 // ---- launches ----
 
