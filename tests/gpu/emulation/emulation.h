@@ -18,6 +18,7 @@
 #define __shared__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __maxnreg__(n)
 #define __align__(n) __attribute__((aligned(n)))
 #define threadIdx (Dim3{current, 0, 0})
 
