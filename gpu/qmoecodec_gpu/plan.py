@@ -362,6 +362,7 @@ class MultiplyPlan:
 
 def plan_multiply(groups: int, *, max_shared_bytes: int, entry: int = 0) -> MultiplyPlan:
     """Plan the product with two-bit digits: as many stages as fit."""
-    slot = 128 * DIGITS_TOKENS + 1024 * groups
-    slots = max_shared_bytes // (slot + 16)
-    return MultiplyPlan(groups, slots, slots * (slot + 16), entry)
+    slot = 128 * DIGITS_TOKENS + 1024 * groups + 16  # and two barriers
+    other = 2 * (256 * groups + 8 * DIGITS_TOKENS + 16) + 64
+    slots = (max_shared_bytes - other) // slot
+    return MultiplyPlan(groups, slots, slots * slot + other, entry)

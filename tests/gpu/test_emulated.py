@@ -1,6 +1,5 @@
 """The kernels of digits.py on the host: their indices, their ring, their barriers (emulation/emulation.h)."""
 
-import dataclasses
 import importlib.util
 import pathlib
 import shutil
@@ -121,8 +120,8 @@ def run(emulated, case, rng, shape, counts, *, dictionary, options=None, slots=N
         real = plan.plan_multiply
 
         def short(groups, **most):
-            shared_bytes = slots * (128 * plan.DIGITS_TOKENS + 1024 * groups + 16)
-            return dataclasses.replace(real(groups, **most), slots=slots, shared_bytes=shared_bytes)
+            slot = 128 * plan.DIGITS_TOKENS + 1024 * groups + 16
+            return real(groups, max_shared_bytes=slots * slot + 6000)
 
         monkeypatch.setattr(plan, "plan_multiply", short)
 

@@ -99,6 +99,7 @@ struct Decoder {
   const u32* words_of;
   const u32* starts;
   int first, rows, lane, j, group;
+  u32 T;  // threshold
 
   // Beyond the last row it is decoded again, for nobody.
   __device__ __forceinline__ void row_words(int turn, u32& at, u32& n) const {
@@ -120,7 +121,7 @@ struct Decoder {
   }
 
   // own: where this warp's digits stand, in bits from DIGITS; row_bits from one row to the next.
-  __device__ __forceinline__ void run(Ahead& ahead, u32 T, u32 own, u32 row_bits) const {
+  __device__ __forceinline__ void run(Ahead& ahead, u32 own, u32 row_bits) const {
     // As gather.cu: T in 1..128: c >= T where the top bit of c or of (c & 127) + 128 - T is set; T in 129..256: where both
     // are, with 256 - T.  Both are the majority with `either`.
     const u32 either = T <= 128 ? ~0u : 0u, add = ((T <= 128 ? 128u : 256u) - T) * 0x01010101u;
@@ -234,7 +235,7 @@ decode_digits(const u32* codes, const u64* expert_start, const u32* row_start, c
     const int expert = item_expert[first_item + item];
     d = dictionary[expert];
     return Decoder{codes + expert_start[expert], row_start + (u64)expert * (rows + 1), (int)(unit - item * tiles) * TILE + warp * ROWS,
-                   rows, lane, lane % LANES, lane / LANES};
+                   rows, lane, lane % LANES, lane / LANES, threshold[d]};
   };
   u32 item, next_item;
   int d, next_d;
@@ -263,13 +264,11 @@ decode_digits(const u32* codes, const u64* expert_start, const u32* row_start, c
       __syncthreads();
       known = d;
     }
-    const bool some = decoder.first < rows;
-    if (some) decoder.run(ahead, threshold[d], own * 32, pitch * 32);
+    const bool some = decoder.first < rows, more = unit + gridDim.x < total;
+    if (more) next = decoder_of(unit + gridDim.x, next_d, next_item);
+    if (some) decoder.run(ahead, own * 32, pitch * 32);
     __syncwarp();
-    if (unit + gridDim.x < total) {
-      next = decoder_of(unit + gridDim.x, next_d, next_item);
-      next.start(ahead);
-    }
+    if (more) next.start(ahead);
     if (some) {
       const int local = lane % ROWS, ahead_of = lane / ROWS;
       uint4* from = (uint4*)(digits + local * pitch) + ahead_of;

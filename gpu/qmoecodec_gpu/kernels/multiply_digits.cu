@@ -11,7 +11,8 @@
 //  2. A warp of its own orders stages of 64 columns, digits of up to GROUPS row groups and x of all the item's tokens, by bulk
 //     copies into a ring that is as deep as shared memory allows.  Each warpgroup takes a group of 64 rows, so x passes the L2
 //     cache once for 64 * GROUPS rows; up to 128 tokens share the making of a fragment.
-//  3. Nothing waits for a whole block: warpgroups store their sums from registers and go on.
+//  3. Nothing waits for a whole block: warpgroups store their sums from registers and go on.  Another warp has brought what they
+//     need of the next rows and tokens into shared memory by then.
 //  4. All row groups of all items are dealt out evenly: chunks of GROUPS groups in turn, so that neighbours read the same x at the
 //     same time, and what does not make a whole turn in smaller chunks.
 //
@@ -37,11 +38,16 @@ constexpr int MAX_TOKENS = 128, WARPS = 4 * GROUPS, THREADS = 32 * WARPS + 128;
 #define BOUNDS __launch_bounds__(THREADS, 1)
 #define ENTRY (65536 / THREADS / 8 * 8)
 #endif
-constexpr int FEW = 24, MANY = (THREADS * ENTRY - 128 * FEW) / (128 * GROUPS) / 8 * 8;
+constexpr int FEW = 32, MANY = (THREADS * ENTRY - 128 * FEW) / (128 * GROUPS) / 8 * 8;
 constexpr u32 X_BYTES = 128 * MAX_TOKENS, SLOT_BYTES = X_BYTES + 1024 * GROUPS;  // of a stage: x, digits
 constexpr u32 BARRIERS = SHARED_BASE + SLOTS * SLOT_BYTES, EMPTY = 8 * SLOTS;    // full ones, EMPTY further empty ones
 
-extern __shared__ __align__(128) u8 shared[];  // ring, barriers
+// What the warpgroups need of a chunk, twice: levels of its rows, tokens (-1 for none) and their scales, and the number of tokens.
+constexpr u32 CHUNK_BARRIERS = BARRIERS + 2 * EMPTY, CHUNK_EMPTY = 16, CHUNKS = (CHUNK_BARRIERS + 32 + 15) / 16 * 16;
+constexpr u32 LEVELS = 0, TOKENS_AT = 256 * GROUPS, SCALES = TOKENS_AT + 4 * MAX_TOKENS, COUNT = SCALES + 4 * MAX_TOKENS;
+constexpr u32 CHUNK_BYTES = COUNT + 16;
+
+extern __shared__ __align__(128) u8 shared[];  // ring, barriers, chunks
 
 // A place in the ring; all warps go round it alike.
 struct Place {
@@ -53,6 +59,17 @@ struct Place {
       slot = 0;
       parity ^= 1;
     }
+  }
+};
+
+// One of the two places for a chunk.
+struct ChunkPlace {
+  u32 place, parity;
+  __device__ __forceinline__ u32 full() const { return CHUNK_BARRIERS + 8 * place; }
+  __device__ __forceinline__ u32 at() const { return CHUNKS + place * CHUNK_BYTES; }
+  __device__ __forceinline__ void next() {
+    parity ^= place;
+    place ^= 1;
   }
 };
 
@@ -85,32 +102,28 @@ template <class Work> __device__ __forceinline__ void for_chunks(u32 total, u32 
 struct Output {
   u16* y;
   i64 y_stride;
-  const float* scale;  // per token, or null
   int relu, rows;
-  const int *item_first, *item_count, *slot_token;
 };
 
-// Store the sums c[TOKENS / 2] of a warpgroup's 64 rows.  All that this needs is made after the products, which need the registers.
-template <int TOKENS> __device__ __forceinline__ void store(const float* c, Chunk chunk, const Output& out) {
-  hold(chunk.item);
+// Store the sums c[TOKENS / 2] of a warpgroup's 64 rows.  at: the chunk's place.  All that this needs is made after the products,
+// which need the registers.
+template <int TOKENS> __device__ __forceinline__ void store(const float* c, u32 at, u32 first_group, const Output& out) {
+  hold(at);
   const u32 thread = thread_number(), lane = thread & 31;
-  const int row = 64 * (chunk.group + (thread >> 7)) + 16 * (thread >> 5 & 3) + (lane >> 2), n_tokens = out.item_count[chunk.item];
-  const int* const tokens = out.slot_token + out.item_first[chunk.item];
-  int token[(TOKENS + 31) / 32];
-#pragma unroll
-  for (int i = 0; i < TOKENS; i += 32) token[i / 32] = i + (int)lane < n_tokens ? __ldg(tokens + i + lane) : -1;
+  const int row = 64 * (first_group + (thread >> 7)) + 16 * (thread >> 5 & 3) + (lane >> 2);
 #pragma unroll
   for (int i = 0; i < TOKENS / 2; i += 4)
 #pragma unroll
     for (int b = 0; b < 2; b++) {
-      const int to = __shfl_sync(FULL_WARP, token[i / 16], 2 * i % 32 + 2 * (lane & 3) + b);
-      const float factor = out.scale && to >= 0 ? __ldg(out.scale + to) : 1.f;
-      u16* const y = out.y + to * out.y_stride + row;
+      const u32 n = 4 * (2 * i + 2 * (lane & 3) + b);
+      const int token = (int)load_shared(at + TOKENS_AT + n);
+      const float scale = __uint_as_float(load_shared(at + SCALES + n));
+      u16* const y = out.y + token * out.y_stride + row;
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const float sum = c[i + b + 2 * half];
-        const u16 value = float_to_half((out.relu && sum < 0.f ? 0.f : sum) * factor, X_F16);  // a NaN stays one
-        if (to >= 0 && row + 8 * half < out.rows) y[8 * half] = value;
+        const u16 value = float_to_half((out.relu && sum < 0.f ? 0.f : sum) * scale, X_F16);  // a NaN stays one
+        if (token >= 0 && row + 8 * half < out.rows) y[8 * half] = value;
       }
     }
 }
@@ -118,7 +131,7 @@ template <int TOKENS> __device__ __forceinline__ void store(const float* c, Chun
 // The product of this warpgroup's 64 rows with up to TOKENS tokens, in 8 * octets slots.  low, high: levels of this lane's two
 // rows, as `permute` takes them.  digits: where in a stage this lane's first word stands.
 template <int TOKENS> __device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 digits, int octets, int blocks,
-                                                               Place& place, const Chunk& chunk, const Output& out) {
+                                                               Place& place, u32 at, u32 first_group, const Output& out) {
   constexpr int QUEUED = TOKENS > 32 ? 1 : 2;  // steps whose products are queued together; registers do not suffice for more
   const int lane = threadIdx.x & 31;
   // Blocks of 8 tokens by 8 columns: 128 bytes apart along the tokens, octets * 128 along the columns.
@@ -161,7 +174,7 @@ template <int TOKENS> __device__ __forceinline__ void multiply(const u32* low, c
   for (int i = 0; i < TOKENS / 2; i++) hold(c[i]);
   if (lane == 0) arrive(before + EMPTY);
 
-  store<TOKENS>(c, chunk, out);
+  store<TOKENS>(c, at, first_group, out);
 }
 
 // Items first_item to first_item + max_items - 1, as far as there are; digits: theirs, as decode_digits.cu leaves them.
@@ -175,58 +188,87 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, u16* y, i64 y_
   const int blocks = (cols + 63) / 64;
   const u32 per_item = (rows + 63) / 64, total = per_item * max(0, min(*n_items - first_item, max_items));
   if (threadIdx.x < 2 * SLOTS) init_barrier(BARRIERS + 8 * threadIdx.x, threadIdx.x < SLOTS ? 1 : WARPS);
+  if (threadIdx.x < 4) init_barrier(CHUNK_BARRIERS + 8 * threadIdx.x, threadIdx.x < 2 ? 32 : WARPS);
   publish_barriers();
   __syncthreads();
-  item_expert += first_item;
-  item_first += first_item;
-  item_count += first_item;
 
-  const Output out{y, y_stride, scale, relu, rows, item_first, item_count, slot_token};
   Place place{0, 0};
+  ChunkPlace about{0, 0};
   if (warp >= WARPS) {
     give_registers<FEW>();
-    if (warp > WARPS || lane) return;
-    for_chunks(total, per_item, [&](const Chunk& chunk) {
-      const u32 x_bytes = (item_count[chunk.item] + 7) / 8 * 1024, digit_bytes = chunk.n * 1024;
-      const u8* from_x = x + (u64)item_first[chunk.item] * blocks * 128;
-      const u8* from_digits = digits + ((u64)chunk.item * blocks * per_item + chunk.group) * 1024;
+    item_first += first_item;
+    item_count += first_item;
+    item_expert += first_item;
+    if (warp == WARPS && lane == 0) {
+      for_chunks(total, per_item, [&](const Chunk& chunk) {
+        const u32 x_bytes = (item_count[chunk.item] + 7) / 8 * 1024, digit_bytes = chunk.n * 1024;
+        const u8* from_x = x + (u64)item_first[chunk.item] * blocks * 128;
+        const u8* from_digits = digits + ((u64)chunk.item * blocks * per_item + chunk.group) * 1024;
 #pragma unroll 1
-      for (int block = 0; block < blocks; block++) {
-        wait_barrier(place.full() + EMPTY, place.parity ^ 1);
-        arrive_and_expect(place.full(), x_bytes + digit_bytes);
-        copy_to_shared(place.x() + X_BYTES, from_digits, digit_bytes, place.full());
-        copy_to_shared(place.x(), from_x, x_bytes, place.full());
-        from_x += x_bytes;
-        from_digits += per_item * 1024;
-        place.next();
-      }
-    });
+        for (int block = 0; block < blocks; block++) {
+          wait_barrier(place.full() + EMPTY, place.parity ^ 1);
+          arrive_and_expect(place.full(), x_bytes + digit_bytes);
+          copy_to_shared(place.x() + X_BYTES, from_digits, digit_bytes, place.full());
+          copy_to_shared(place.x(), from_x, x_bytes, place.full());
+          from_x += x_bytes;
+          from_digits += per_item * 1024;
+          place.next();
+        }
+      });
+    } else if (warp == WARPS + 1) {
+      for_chunks(total, per_item, [&](const Chunk& chunk) {
+        const int expert = item_expert[chunk.item], n_tokens = item_count[chunk.item];
+        const int* const tokens = slot_token + item_first[chunk.item];
+        u32* const to = (u32*)(shared + (about.at() - SHARED_BASE));
+        wait_barrier(about.full() + CHUNK_EMPTY, about.parity ^ 1);
+#pragma unroll 1
+        for (int i = lane; i < (int)(64 * chunk.n); i += 32) {
+          const int row = 64 * chunk.group + i;
+          to[LEVELS / 4 + i] = row < rows ? __ldg(levels + (u64)expert * rows + row) : 0u;
+        }
+#pragma unroll 1
+        for (int i = lane; i < MAX_TOKENS; i += 32) {
+          const int token = i < n_tokens ? __ldg(tokens + i) : -1;
+          to[TOKENS_AT / 4 + i] = token;
+          to[SCALES / 4 + i] = __float_as_uint(scale && token >= 0 ? __ldg(scale + token) : 1.f);
+        }
+        if (lane == 0) to[COUNT / 4] = n_tokens;
+        arrive(about.full());
+        about.next();
+      });
+    }
   } else {
-  take_registers<MANY>();
-  for_chunks(total, per_item, [&](const Chunk& chunk) {
-    const u32 group = warp >> 2;
-    if (group >= chunk.n) {
-#pragma unroll 1
-      for (int block = 0; block < blocks; block++) {
-        wait_barrier(place.full(), place.parity);
-        if (lane == 0) arrive(place.full() + EMPTY);
-        place.next();
-      }
-      return;
-    }
-    const int in_tile = 64 * group + 16 * (warp & 3) + (lane >> 2), row = 64 * chunk.group + in_tile;
-    const int expert = item_expert[chunk.item], octets = (item_count[chunk.item] + 7) / 8;
-    u32 low[2], high[2];  // zero, first bytes of the low and the high level, second byte of the low one; in byte 2 that of the high
+    take_registers<MANY>();
+    const Output out{y, y_stride, relu, rows};
+    for_chunks(total, per_item, [&](const Chunk& chunk) {
+      const u32 group = warp >> 2;
+      wait_barrier(about.full(), about.parity);
+      if (group < chunk.n) {
+        const u32 in_chunk = 64 * group + 16 * (warp & 3) + (lane >> 2);
+        u32 low[2], high[2];  // zero, first bytes of the low and the high level, second byte of the low one; in byte 2 that of the high
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const u32 pair = row + 8 * i < rows ? __ldg(levels + (u64)expert * rows + row + 8 * i) : 0u;
-      low[i] = (pair << 8 & 0xff00u) | (pair & 0xff0000u) | (pair << 16 & 0xff000000u);
-      high[i] = pair >> 8 & 0xff0000u;
-    }
-    const u32 words = X_BYTES + 16 * in_tile + 4 * (lane & 3);
-    if (octets <= 4) multiply<32>(low, high, words, octets, blocks, place, chunk, out);
-    else if (octets <= 8) multiply<64>(low, high, words, octets, blocks, place, chunk, out);
-    else multiply<128>(low, high, words, octets, blocks, place, chunk, out);
-  });
+        for (int i = 0; i < 2; i++) {
+          const u32 pair = load_shared(about.at() + LEVELS + 4 * in_chunk + 32 * i);
+          low[i] = (pair << 8 & 0xff00u) | (pair & 0xff0000u) | (pair << 16 & 0xff000000u);
+          high[i] = pair >> 8 & 0xff0000u;
+        }
+        const int octets = (load_shared(about.at() + COUNT) + 7) / 8;
+        const u32 words = X_BYTES + 16 * in_chunk + 4 * (lane & 3);
+        // Fewer tokens than 32 take no less time: it is the fragments that do.
+        if (octets <= 4) multiply<32>(low, high, words, octets, blocks, place, about.at(), chunk.group, out);
+        else if (octets <= 8) multiply<64>(low, high, words, octets, blocks, place, about.at(), chunk.group, out);
+        else multiply<128>(low, high, words, octets, blocks, place, about.at(), chunk.group, out);
+      } else {
+#pragma unroll 1
+        for (int block = 0; block < blocks; block++) {
+          wait_barrier(place.full(), place.parity);
+          if (lane == 0) arrive(place.full() + EMPTY);
+          place.next();
+        }
+      }
+      __syncwarp();  // all lanes have read what there is about the chunk
+      if (lane == 0) arrive(about.full() + CHUNK_EMPTY);
+      about.next();
+    });
   }
 }

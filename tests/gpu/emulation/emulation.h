@@ -134,6 +134,7 @@ static unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
   return c;
 }
 static float __uint_as_float(unsigned v) { float f; memcpy(&f, &v, 4); return f; }
+static unsigned __float_as_uint(float f) { unsigned v; memcpy(&v, &f, 4); return v; }
 static unsigned short emulated_bfloat16(float f) {
   unsigned v;
   memcpy(&v, &f, 4);
