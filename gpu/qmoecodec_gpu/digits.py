@@ -21,6 +21,7 @@ class Options:
     groups : row groups of 64 that a block multiplies at a time, 2 to 4
     rows, warps, blocks : of the decoder, per warp, per block and per multiprocessor
     is_guarded : the decoder leaves out a missing second nonzero
+    share : warpgroups without rows of their own share the columns of others'
     at_once : items decoded before they are multiplied; 0 for all
     beside : decode items while the ones before are multiplied, on a stream of its own; a multiprocessor has a block of each
     """
@@ -30,6 +31,7 @@ class Options:
     warps: int = 16
     blocks: int = 1
     is_guarded: bool = True
+    share: bool = False
     at_once: int = 0
     beside: bool = False
 
@@ -58,8 +60,8 @@ def plans_for(experts: GpuExperts, options: Options) -> tuple[plan.DecodePlan, p
     if decode is None:
         return None
     if options.beside:
-        return decode, plan.plan_multiply(options.groups, max_shared_bytes=most - 1024 - decode.shared_bytes, entry=96)
-    return decode, plan.plan_multiply(options.groups, max_shared_bytes=most)
+        return decode, plan.plan_multiply(options.groups, max_shared_bytes=most - 1024 - decode.shared_bytes, entry=96, share=options.share)
+    return decode, plan.plan_multiply(options.groups, max_shared_bytes=most, share=options.share)
 
 
 def scratch_bytes(experts: GpuExperts, n_items: int) -> int:
@@ -78,10 +80,12 @@ def launch(
     options: Options,
     relu: bool = False,
     scale: torch.Tensor | None = None,
+    is_one_expert: bool = False,
 ) -> None:
     """Queue the large items, of up to `plan.DIGITS_TOKENS` tokens. Trusts its arguments.
 
-    scratch : uint8[scratch_bytes]    of all items; of twice `at_once` items if that is given
+    scratch : uint8[scratch_bytes]    of all items; of twice `at_once` items if that is given; of one if they are of one expert
+    is_one_expert : all large items are of one expert, which is decoded once
     Raises ValueError where the kernels do not take these experts.
     """
     found = plans_for(experts, options)
@@ -90,9 +94,9 @@ def launch(
     decode, multiply = found
     _, rows, cols = experts.shape
     device, p, i32 = experts.device, modules.pointer, modules.i32
-    at_once = min(options.at_once or items.max_large, items.max_large)
+    at_once = items.max_large if is_one_expert else min(options.at_once or items.max_large, items.max_large)
     n_parts = -(-items.max_large // at_once)
-    part_bytes = scratch_bytes(experts, at_once)
+    part_bytes = scratch_bytes(experts, 1 if is_one_expert else at_once)
     if scratch.numel() < part_bytes * min(2, n_parts):
         raise ValueError(f"scratch has {scratch.numel()} bytes, not {part_bytes * min(2, n_parts)}")
     n_items, item_expert, slot_token = items.n_items[4:], items.item_expert[4], items.item_tokens[4]
@@ -105,7 +109,7 @@ def launch(
         decoder.preferred_shared_memory_carveout = multiplier.preferred_shared_memory_carveout = 100
 
     def queue_decode(part: int) -> None:
-        count = min(at_once, items.max_large - part * at_once)
+        count = 1 if is_one_expert else min(at_once, items.max_large - part * at_once)
         modules.launch(
             device,
             decoder,
@@ -154,6 +158,7 @@ def launch(
                 p(slot_token),
                 i32(part * at_once),
                 i32(count),
+                0 if is_one_expert else scratch_bytes(experts, 1),
             ),
             shared_bytes=multiply.shared_bytes,
         )

@@ -342,27 +342,34 @@ class MultiplyPlan:
     groups : of 64 rows, one for each warpgroup
     slots : stages that the ring holds
     entry : registers of each thread when a block begins; 0 for all there are
+    share : warpgroups without rows of their own share the columns of others'
     """
 
     groups: int
     slots: int
     shared_bytes: int
     entry: int = 0
+    share: bool = False
 
     @property
     def threads(self) -> int:
         """Threads per block."""
         return 128 * (self.groups + 1)
 
+    @property
+    def slot_bytes(self) -> int:
+        """Shared memory of a stage: x, digits and two barriers."""
+        return 128 * DIGITS_TOKENS + 1024 * self.groups + 16
+
     def macros(self, *, is_f16: bool) -> dict[str, int]:
         """Return the macros that the kernel is compiled with."""
-        macros = {"GROUPS": self.groups, "SLOTS": self.slots, "X_F16": int(is_f16), "LEVEL_KIND": int(is_f16)}
+        macros = {"GROUPS": self.groups, "SLOTS": self.slots, "SHARE": int(self.share), "X_F16": int(is_f16), "LEVEL_KIND": int(is_f16)}
         return macros | ({"ENTRY": self.entry} if self.entry else {})
 
 
-def plan_multiply(groups: int, *, max_shared_bytes: int, entry: int = 0) -> MultiplyPlan:
+def plan_multiply(groups: int, *, max_shared_bytes: int, entry: int = 0, share: bool = False) -> MultiplyPlan:
     """Plan the product with two-bit digits: as many stages as fit."""
     slot = 128 * DIGITS_TOKENS + 1024 * groups + 16  # and two barriers
-    other = 2 * (256 * groups + 8 * DIGITS_TOKENS + 16) + 64
+    other = 2 * (256 * groups + 8 * DIGITS_TOKENS + 16) + 64 + (256 * DIGITS_TOKENS if share else 0)
     slots = (max_shared_bytes - other) // slot
-    return MultiplyPlan(groups, slots, slots * slot + other, entry)
+    return MultiplyPlan(groups, slots, slots * slot + other, entry, share)

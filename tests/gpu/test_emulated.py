@@ -1,5 +1,6 @@
 """The kernels of digits.py on the host: their indices, their ring, their barriers (emulation/emulation.h)."""
 
+import importlib
 import importlib.util
 import pathlib
 import shutil
@@ -97,7 +98,7 @@ def emulated(tmp_path, monkeypatch):
     return stand_in
 
 
-def run(emulated, case, rng, shape, counts, *, dictionary, options=None, slots=None, scale=False, relu=False, monkeypatch=None):
+def run(emulated, case, rng, shape, counts, *, dictionary, options=None, slots=None, one=False, monkeypatch=None, **epilogue):
     """Decode and multiply some items, and compare with float64."""
     from qmoecodec_gpu import digits
     from qmoecodec_gpu.experts import Bank, GpuExperts
@@ -119,9 +120,9 @@ def run(emulated, case, rng, shape, counts, *, dictionary, options=None, slots=N
     if slots:
         real = plan.plan_multiply
 
-        def short(groups, **most):
-            slot = 128 * plan.DIGITS_TOKENS + 1024 * groups + 16
-            return real(groups, max_shared_bytes=slots * slot + 6000)
+        def short(groups, *, max_shared_bytes, **form):
+            long = real(groups, max_shared_bytes=max_shared_bytes, **form)
+            return real(groups, max_shared_bytes=long.shared_bytes - (long.slots - slots) * long.slot_bytes, **form)
 
         monkeypatch.setattr(plan, "plan_multiply", short)
 
@@ -145,13 +146,14 @@ def run(emulated, case, rng, shape, counts, *, dictionary, options=None, slots=N
     items = Route(*lists, n_tokens=n_tokens, n_experts=n_experts, largest=plan.DIGITS_TOKENS, max_large=most)
 
     x = torch.from_numpy(rng.standard_normal((n_tokens, cols))).bfloat16()
-    factors = torch.from_numpy(rng.random(n_tokens).astype(np.float32) + 0.5) if scale else None
+    factors = torch.from_numpy(rng.random(n_tokens).astype(np.float32) + 0.5) if epilogue.get("scale") else None
+    relu = epilogue.get("relu", False)
     at_once = options.at_once or items.max_large
-    size = digits.scratch_bytes(experts, at_once) * min(2, -(-items.max_large // at_once))
+    size = digits.scratch_bytes(experts, 1 if one else at_once) * min(2, -(-items.max_large // at_once))
     scratch = torch.full((size + GUARD,), 0xFF, dtype=torch.uint8)
     y = torch.full((n_tokens * rows + GUARD,), float("nan"), dtype=torch.bfloat16)
     target = y[: n_tokens * rows].view(n_tokens, rows)
-    digits.launch(experts, items, x, target, scratch=scratch[:size], options=options, relu=relu, scale=factors)
+    digits.launch(experts, items, x, target, scratch=scratch[:size], options=options, relu=relu, scale=factors, is_one_expert=one)
     assert bool((scratch[size:] == 0xFF).all())
     assert bool(y[n_tokens * rows :].isnan().all())
 
@@ -160,7 +162,7 @@ def run(emulated, case, rng, shape, counts, *, dictionary, options=None, slots=N
         found = scratch[:size].numpy().view(np.uint32).reshape(-1, blocks, padded, 4)
         inside = expected_digits(np.ones((rows, cols), np.int8), padded, blocks)
         inside |= inside >> 1
-        for i in range(n):
+        for i in range(1 if one else n):
             want = expected_digits(data.digits[i % n_experts], padded, blocks)
             np.testing.assert_array_equal((found[i] & inside)[:, :rows], want[:, :rows])
             assert not (found[i] & found[i] >> 1 & 0x55555555)[:, :rows].any()  # no 3, also beyond the row
@@ -193,6 +195,23 @@ def test_ring(emulated, case, bank, monkeypatch, groups, slots):
         emulated, case, rng, (3, 333, 300), (16, 64, 30, 100), dictionary=dictionary, options=options, slots=slots,
         monkeypatch=monkeypatch,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4])
+@pytest.mark.parametrize("cols", [100, 700])
+def test_shared_columns(emulated, case, bank, monkeypatch, groups, cols):
+    """Warpgroups share columns where a chunk has few rows, and there may be fewer blocks than warpgroups; one expert, decoded once."""
+    from qmoecodec_gpu import digits
+
+    options, dictionary = digits.Options(groups=groups, share=True, rows=2, warps=8), bank["8 bit, .885"]()
+    rng = np.random.default_rng(54)
+    for counts in ((40,), (30, 9), (128, 20, 64)):
+        run(
+            emulated, case, rng, (1, 170, cols), counts, dictionary=dictionary, options=options, slots=groups + 2, one=True,
+            monkeypatch=monkeypatch,
+        )  # fmt: skip
+        monkeypatch.undo()
+        emulated.patch(monkeypatch, importlib.import_module("qmoecodec_gpu.modules"))
 
 
 def test_options(emulated, case, bank):

@@ -24,6 +24,9 @@ __device__ __forceinline__ void wait_barrier(u32 barrier, u32 parity) {
                "@!p bra again;}" :: "r"(barrier), "r"(parity) : "memory");
 }
 
+// Until `threads` threads are here; N of 1 to 15.
+template <int N> __device__ __forceinline__ void meet(u32 threads) { asm volatile("bar.sync %0,%1;" :: "n"(N), "r"(threads) : "memory"); }
+
 // Order a copy into shared memory, of which `barrier` is told.  Addresses and size are multiples of 16.
 __device__ __forceinline__ void copy_to_shared(u32 to, const u8* from, u32 bytes, u32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];"
@@ -35,6 +38,8 @@ __device__ __forceinline__ u32 load_shared(u32 address) {
   asm volatile("ld.shared.u32 %0,[%1];" : "=r"(v) : "r"(address));
   return v;
 }
+
+__device__ __forceinline__ void store_shared(u32 address, float v) { asm volatile("st.shared.f32 [%0],%1;" :: "r"(address), "f"(v) : "memory"); }
 
 // threadIdx.x, read where this stands.
 __device__ __forceinline__ u32 thread_number() {

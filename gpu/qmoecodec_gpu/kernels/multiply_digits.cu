@@ -14,7 +14,8 @@
 //  3. Nothing waits for a whole block: warpgroups store their sums from registers and go on.  Another warp has brought what they
 //     need of the next rows and tokens into shared memory by then.
 //  4. All row groups of all items are dealt out evenly: chunks of GROUPS groups in turn, so that neighbours read the same x at the
-//     same time, and what does not make a whole turn in smaller chunks.
+//     same time, and what does not make a whole turn in smaller chunks.  There warpgroups without rows of their own share the
+//     columns of others', and their sums are added up in shared memory (SHARE).
 //
 // Trusts: levels of x's type, finite; x finite.
 #include "common.cuh"
@@ -25,6 +26,9 @@
 #endif
 #ifndef SLOTS
 #define SLOTS 11       // stages that the ring holds
+#endif
+#ifndef SHARE
+#define SHARE 0        // warpgroups without rows of their own share the columns of others'
 #endif
 #ifndef SHARED_BASE
 #define SHARED_BASE 1024
@@ -46,8 +50,10 @@ constexpr u32 BARRIERS = SHARED_BASE + SLOTS * SLOT_BYTES, EMPTY = 8 * SLOTS;   
 constexpr u32 CHUNK_BARRIERS = BARRIERS + 2 * EMPTY, CHUNK_EMPTY = 16, CHUNKS = (CHUNK_BARRIERS + 32 + 15) / 16 * 16;
 constexpr u32 LEVELS = 0, TOKENS_AT = 256 * GROUPS, SCALES = TOKENS_AT + 4 * MAX_TOKENS, COUNT = SCALES + 4 * MAX_TOKENS;
 constexpr u32 CHUNK_BYTES = COUNT + 16;
+static_assert(!SHARE || SLOTS > GROUPS + 1, "a stage is kept until the warpgroup's next one is there");
+constexpr u32 SUMS = CHUNKS + 2 * CHUNK_BYTES, SUMS_BYTES = SHARE ? 256 * MAX_TOKENS : 0;  // of one warpgroup, to be added
 
-extern __shared__ __align__(128) u8 shared[];  // ring, barriers, chunks
+extern __shared__ __align__(128) u8 shared[];  // ring, barriers, chunks, sums
 
 // A place in the ring; all warps go round it alike.
 struct Place {
@@ -128,10 +134,30 @@ template <int TOKENS> __device__ __forceinline__ void store(const float* c, u32 
     }
 }
 
+// Add the sums of all parts of each of n row groups to those of part 0.  All warpgroups come here, those without a part too.
+template <int TOKENS> __device__ __forceinline__ void add_parts(float* c, u32 n, u32 part, u32 parts) {
+  constexpr int ROUNDS = TOKENS == MAX_TOKENS ? 2 : 1, MANY_SUMS = TOKENS / 2 / ROUNDS;  // so that two row groups find room
+  const u32 thread = thread_number(), to = SUMS + (thread / 128 % n) * (SUMS_BYTES / 2) + thread % 128 * 4;
+#pragma unroll 1
+  for (u32 p = 1; p < parts; p++)
+#pragma unroll
+    for (int round = 0; round < ROUNDS; round++) {
+      if (part == p)
+#pragma unroll
+        for (int i = 0; i < MANY_SUMS; i++) store_shared(to + 512 * i, c[round * MANY_SUMS + i]);
+      meet<1>(128 * GROUPS);
+      if (part == 0)
+#pragma unroll
+        for (int i = 0; i < MANY_SUMS; i++) c[round * MANY_SUMS + i] += __uint_as_float(load_shared(to + 512 * i));
+      meet<1>(128 * GROUPS);
+    }
+}
+
 // The product of this warpgroup's 64 rows with up to TOKENS tokens, in 8 * octets slots.  low, high: levels of this lane's two
 // rows, as `permute` takes them.  digits: where in a stage this lane's first word stands.
 template <int TOKENS> __device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 digits, int octets, int blocks,
-                                                               Place& place, u32 at, u32 first_group, const Output& out) {
+                                                               Place& place, u32 at, u32 first_group, u32 n, u32 part,
+                                                               u32 parts, const Output& out) {
   constexpr int QUEUED = TOKENS > 32 ? 1 : 2;  // steps whose products are queued together; registers do not suffice for more
   const int lane = threadIdx.x & 31;
   // Blocks of 8 tokens by 8 columns: 128 bytes apart along the tokens, octets * 128 along the columns.
@@ -142,8 +168,17 @@ template <int TOKENS> __device__ __forceinline__ void multiply(const u32* low, c
   for (int i = 0; i < TOKENS / 2; i++) c[i] = 0.f;
   u32 a[2][QUEUED][4];
   u32 before = 0;  // the barrier of the stage before
+  auto pass = [&](u32 stages) {  // other warpgroups' stages
 #pragma unroll 1
-  for (int block = 0; block < blocks; block++) {
+    for (; SHARE && stages; stages--) {
+      wait_barrier(place.full(), place.parity);
+      if (lane == 0) arrive(place.full() + EMPTY);
+      place.next();
+    }
+  };
+  pass(min(part, (u32)blocks));
+#pragma unroll 1
+  for (int block = part; block < blocks; block += SHARE ? parts : 1) {
     wait_barrier(place.full(), place.parity);
     const u32 word[2] = {load_shared(place.x() + digits), load_shared(place.x() + digits + 128)};
     const u32 operand = place.x() / 16;
@@ -164,25 +199,27 @@ template <int TOKENS> __device__ __forceinline__ void multiply(const u32* low, c
       for (int k = 0; k < QUEUED; k++) wgmma<TOKENS>(c, here[k], b[k]);
       end_products();
       wait_products<1>();
-      if (s == 0 && block && lane == 0) arrive(before + EMPTY);
+      if (s == 0 && before && lane == 0) arrive(before + EMPTY);
     }
     before = place.full();
     place.next();
+    pass(min(parts, blocks - block) - 1);
   }
   wait_products<0>();
 #pragma unroll
   for (int i = 0; i < TOKENS / 2; i++) hold(c[i]);
-  if (lane == 0) arrive(before + EMPTY);
-
-  store<TOKENS>(c, at, first_group, out);
+  if (before && lane == 0) arrive(before + EMPTY);
+  if (SHARE && parts > 1) add_parts<TOKENS>(c, n, part, parts);
+  if (part == 0) store<TOKENS>(c, at, first_group, out);
 }
 
-// Items first_item to first_item + max_items - 1, as far as there are; digits: theirs, as decode_digits.cu leaves them.
+// Items first_item to first_item + max_items - 1, as far as there are; digits: theirs, as decode_digits.cu leaves them, item_bytes
+// from one to the next, 0 where all are of one expert.
 // item_first, item_count: the places of an item's tokens in slot_token (route.cu); x as arrange.cu leaves it.
 extern "C" __global__ void BOUNDS
 multiply_digits(const u8* digits, const u32* levels, const u8* x, u16* y, i64 y_stride, const float* scale, int relu, int rows,
                 int cols, const int* n_items, const int* item_expert, const int* item_first, const int* item_count,
-                const int* slot_token, int first_item, int max_items) {
+                const int* slot_token, int first_item, int max_items, i64 item_bytes) {
   if ((u32)__cvta_generic_to_shared(shared) != SHARED_BASE) __trap();
   const int warp = __shfl_sync(FULL_WARP, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;  // known to be the same in all lanes
   const int blocks = (cols + 63) / 64;
@@ -203,7 +240,7 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, u16* y, i64 y_
       for_chunks(total, per_item, [&](const Chunk& chunk) {
         const u32 x_bytes = (item_count[chunk.item] + 7) / 8 * 1024, digit_bytes = chunk.n * 1024;
         const u8* from_x = x + (u64)item_first[chunk.item] * blocks * 128;
-        const u8* from_digits = digits + ((u64)chunk.item * blocks * per_item + chunk.group) * 1024;
+        const u8* from_digits = digits + chunk.item * item_bytes + (u64)chunk.group * 1024;
 #pragma unroll 1
         for (int block = 0; block < blocks; block++) {
           wait_barrier(place.full() + EMPTY, place.parity ^ 1);
@@ -241,9 +278,9 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, u16* y, i64 y_
     take_registers<MANY>();
     const Output out{y, y_stride, relu, rows};
     for_chunks(total, per_item, [&](const Chunk& chunk) {
-      const u32 group = warp >> 2;
+      const u32 parts = SHARE ? GROUPS / chunk.n : 1, part = (warp >> 2) / chunk.n, group = (warp >> 2) - part * chunk.n;
       wait_barrier(about.full(), about.parity);
-      if (group < chunk.n) {
+      if (part < parts) {
         const u32 in_chunk = 64 * group + 16 * (warp & 3) + (lane >> 2);
         u32 low[2], high[2];  // zero, first bytes of the low and the high level, second byte of the low one; in byte 2 that of the high
 #pragma unroll
@@ -255,9 +292,9 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, u16* y, i64 y_
         const int octets = (load_shared(about.at() + COUNT) + 7) / 8;
         const u32 words = X_BYTES + 16 * in_chunk + 4 * (lane & 3);
         // Fewer tokens than 32 take no less time: it is the fragments that do.
-        if (octets <= 4) multiply<32>(low, high, words, octets, blocks, place, about.at(), chunk.group, out);
-        else if (octets <= 8) multiply<64>(low, high, words, octets, blocks, place, about.at(), chunk.group, out);
-        else multiply<128>(low, high, words, octets, blocks, place, about.at(), chunk.group, out);
+        if (octets <= 4) multiply<32>(low, high, words, octets, blocks, place, about.at(), chunk.group, chunk.n, part, parts, out);
+        else if (octets <= 8) multiply<64>(low, high, words, octets, blocks, place, about.at(), chunk.group, chunk.n, part, parts, out);
+        else multiply<128>(low, high, words, octets, blocks, place, about.at(), chunk.group, chunk.n, part, parts, out);
       } else {
 #pragma unroll 1
         for (int block = 0; block < blocks; block++) {

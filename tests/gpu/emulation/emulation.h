@@ -83,11 +83,12 @@ struct Meeting {
   }
 };
 static std::vector<Meeting> warps, warpgroups;
-static Meeting block;
+static Meeting block, part_of_block;
 
 static const uint64_t* meet_warp(uint64_t mine) { return warps[current / 32].meet(current % 32, 32, mine); }
 static void __syncthreads() { block.meet(current, blockDim.x, 0); }
 static void __syncwarp() { meet_warp(0); }
+template <int N> void meet(unsigned threads) { part_of_block.meet(current, threads, 0); }  // the first ones of the block
 
 template <class T> T __shfl_sync(unsigned, T v, int from, int width = 32) {
   const int lane = current % 32;
@@ -205,6 +206,7 @@ static void do_some_copy() {
 }
 
 static unsigned load_shared(unsigned address) { unsigned v; memcpy(&v, shared_at(address, 4), 4); return v; }
+static void store_shared(unsigned address, float v) { memcpy(shared_at(address, 4), &v, 4); }
 static unsigned thread_number() { return current; }
 static unsigned permute(unsigned low, unsigned high, unsigned select) { return __byte_perm(low, high, select); }
 template <int N> void give_registers() { meet_warp(0); }
@@ -299,7 +301,7 @@ static void run_grid(unsigned grid_x, unsigned grid_y, unsigned threads, unsigne
       barriers.clear();
       warps.assign((threads + 31) / 32, Meeting());
       warpgroups.assign((threads + 127) / 128, Meeting());
-      block = Meeting();
+      block = part_of_block = Meeting();
       groups.assign(threads, {{}});
       for (Fiber& f : fibers) {
         f.stack.resize(1 << 16);
