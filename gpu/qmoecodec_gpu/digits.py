@@ -59,9 +59,9 @@ def plans_for(experts: GpuExperts, options: Options) -> tuple[plan.DecodePlan, p
     )
     if decode is None:
         return None
-    if options.beside:
-        return decode, plan.plan_multiply(options.groups, max_shared_bytes=most - 1024 - decode.shared_bytes, entry=96, share=options.share)
-    return decode, plan.plan_multiply(options.groups, max_shared_bytes=most, share=options.share)
+    left = most - 1024 - decode.shared_bytes if options.beside else most
+    entry = 96 if options.beside else 0
+    return decode, plan.plan_multiply(options.groups, max_shared_bytes=left, entry=entry, share=options.share)
 
 
 def scratch_bytes(experts: GpuExperts, n_items: int) -> int:

@@ -363,8 +363,8 @@ class MultiplyPlan:
 
     def macros(self, *, is_f16: bool) -> dict[str, int]:
         """Return the macros that the kernel is compiled with."""
-        macros = {"GROUPS": self.groups, "SLOTS": self.slots, "SHARE": int(self.share), "X_F16": int(is_f16), "LEVEL_KIND": int(is_f16)}
-        return macros | ({"ENTRY": self.entry} if self.entry else {})
+        macros = {"X_F16": int(is_f16), "LEVEL_KIND": int(is_f16)} | ({"ENTRY": self.entry} if self.entry else {})
+        return macros | {"GROUPS": self.groups, "SLOTS": self.slots, "SHARE": int(self.share)}
 
 
 def plan_multiply(groups: int, *, max_shared_bytes: int, entry: int = 0, share: bool = False) -> MultiplyPlan:

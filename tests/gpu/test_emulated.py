@@ -200,7 +200,7 @@ def test_ring(emulated, case, bank, monkeypatch, groups, slots):
 @pytest.mark.parametrize("groups", [2, 3, 4])
 @pytest.mark.parametrize("cols", [100, 700])
 def test_shared_columns(emulated, case, bank, monkeypatch, groups, cols):
-    """Warpgroups share columns where a chunk has few rows, and there may be fewer blocks than warpgroups; one expert, decoded once."""
+    """Warpgroups share columns where a chunk has few rows; fewer blocks than warpgroups; one expert, decoded once."""
     from qmoecodec_gpu import digits
 
     options, dictionary = digits.Options(groups=groups, share=True, rows=2, warps=8), bank["8 bit, .885"]()
