@@ -124,7 +124,7 @@ def launch(
                 p(experts.bank.table(decode.form)),
                 p(n_items),
                 p(item_expert),
-                p(scratch) + part % 2 * part_bytes,
+                p(scratch[part % 2 * part_bytes :]),
                 i32(rows),
                 i32(cols),
                 i32(decode.pitch),
@@ -142,7 +142,7 @@ def launch(
             min(n_multiprocessors, count * -(-rows // 64)),
             multiply.threads,
             (
-                p(scratch) + part % 2 * part_bytes,
+                p(scratch[part % 2 * part_bytes :]),
                 p(experts.levels),
                 p(arranged),
                 p(y),
