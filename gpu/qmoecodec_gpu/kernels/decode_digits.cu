@@ -99,7 +99,8 @@ struct Decoder {
   const u32* words_of;
   const u32* starts;
   int first, rows, lane, j, group;
-  u32 T;  // threshold
+  u32 T;      // threshold
+  bool some;  // there is a row, and the item is the one to be decoded
 
   // Beyond the last row it is decoded again, for nobody.
   __device__ __forceinline__ void row_words(int turn, u32& at, u32& n) const {
@@ -213,13 +214,25 @@ struct Decoder {
   }
 };
 
-// Items first_item to first_item + max_items - 1, as far as there are.  pitch: words of digits per row in shared memory, with room
+// leader[i]: the first item of item i's expert, among the at_once items that are decoded together.
+extern "C" __global__ void __launch_bounds__(256) find_leaders(const int* n_items, const int* item_expert, int at_once, int* leader) {
+  const int i = blockIdx.x * 8 + (threadIdx.x >> 5), lane = threadIdx.x & 31;
+  if (i >= *n_items) return;
+  const int expert = item_expert[i];
+  int first = i;
+  for (int j = i / at_once * at_once + lane; j < first; j += 32)
+    if (item_expert[j] == expert) first = j;
+  first = -__reduce_max_sync(FULL_WARP, -first);
+  if (lane == 0) leader[i] = first;
+}
+
+// Items first_item to first_item + max_items - 1, as far as there are and are their own leaders.  pitch: words of digits per row in shared memory, with room
 // for four phrases beyond the row (the last one, and three padding codewords), and an odd multiple of 4, so that eight rows lie in
 // different banks.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
 decode_digits(const u32* codes, const u64* expert_start, const u32* row_start, const u8* dictionary, const u32* threshold,
-              const Entry* tables, const int* n_items, const int* item_expert, u8* out, int rows, int cols, int pitch,
-              int first_item, int max_items) {
+              const Entry* tables, const int* n_items, const int* item_expert, const int* leader, u8* out, int rows,
+              int cols, int pitch, int first_item, int max_items) {
   if ((u32)__cvta_generic_to_shared(shared) != SHARED_BASE) __trap();
   const int lane = threadIdx.x & 31, warp = __shfl_sync(FULL_WARP, threadIdx.x >> 5, 0);  // known to be the same in all lanes
   const int blocks = (cols + 63) / 64, tiles = (rows + TILE - 1) / TILE, padded = (rows + 63) / 64 * 64;
@@ -232,17 +245,17 @@ decode_digits(const u32* codes, const u64* expert_start, const u32* row_start, c
   int known = -1;  // the dictionary whose table is there
   auto decoder_of = [&](u32 unit, int& d, u32& item) {
     item = unit / tiles;
-    const int expert = item_expert[first_item + item];
+    const int expert = item_expert[first_item + item], first = (int)(unit - item * tiles) * TILE + warp * ROWS;
     d = dictionary[expert];
-    return Decoder{codes + expert_start[expert], row_start + (u64)expert * (rows + 1), (int)(unit - item * tiles) * TILE + warp * ROWS,
-                   rows, lane, lane % LANES, lane / LANES, threshold[d]};
+    return Decoder{codes + expert_start[expert], row_start + (u64)expert * (rows + 1), first, rows, lane, lane % LANES, lane / LANES,
+                   threshold[d], first < rows && leader[first_item + item] == (int)(first_item + item)};
   };
   u32 item, next_item;
   int d, next_d;
   Decoder decoder, next;
   if (blockIdx.x < total) {
     decoder = decoder_of(blockIdx.x, d, item);
-    decoder.start(ahead);
+    if (decoder.some) decoder.start(ahead);
   }
   for (u32 unit = blockIdx.x; unit < total; unit += gridDim.x) {
     if (d != known) {
@@ -264,12 +277,12 @@ decode_digits(const u32* codes, const u64* expert_start, const u32* row_start, c
       __syncthreads();
       known = d;
     }
-    const bool some = decoder.first < rows, more = unit + gridDim.x < total;
+    const bool more = unit + gridDim.x < total;
     if (more) next = decoder_of(unit + gridDim.x, next_d, next_item);
-    if (some) decoder.run(ahead, own * 32, pitch * 32);
+    if (decoder.some) decoder.run(ahead, own * 32, pitch * 32);
     __syncwarp();
-    if (more) next.start(ahead);
-    if (some) {
+    if (more && next.some) next.start(ahead);
+    if (decoder.some) {
       const int local = lane % ROWS, ahead_of = lane / ROWS;
       uint4* from = (uint4*)(digits + local * pitch) + ahead_of;
       uint4* to = (uint4*)out + ((u64)item * blocks + ahead_of) * padded + decoder.first + local;

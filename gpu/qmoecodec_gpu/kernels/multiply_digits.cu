@@ -213,13 +213,13 @@ template <int TOKENS> __device__ __forceinline__ void multiply(const u32* low, c
   if (part == 0) store<TOKENS>(c, at, first_group, out);
 }
 
-// Items first_item to first_item + max_items - 1, as far as there are; digits: theirs, as decode_digits.cu leaves them, item_bytes
-// from one to the next, 0 where all are of one expert.
+// Items first_item to first_item + max_items - 1, as far as there are; digits: their leaders', as decode_digits.cu leaves them,
+// item_bytes from one item to the next.
 // item_first, item_count: the places of an item's tokens in slot_token (route.cu); x as arrange.cu leaves it.
 extern "C" __global__ void BOUNDS
 multiply_digits(const u8* digits, const u32* levels, const u8* x, u16* y, i64 y_stride, const float* scale, int relu, int rows,
                 int cols, const int* n_items, const int* item_expert, const int* item_first, const int* item_count,
-                const int* slot_token, int first_item, int max_items, i64 item_bytes) {
+                const int* slot_token, const int* leader, int first_item, int max_items, i64 item_bytes) {
   if ((u32)__cvta_generic_to_shared(shared) != SHARED_BASE) __trap();
   const int warp = __shfl_sync(FULL_WARP, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;  // known to be the same in all lanes
   const int blocks = (cols + 63) / 64;
@@ -236,11 +236,12 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, u16* y, i64 y_
     item_first += first_item;
     item_count += first_item;
     item_expert += first_item;
+    leader += first_item;
     if (warp == WARPS && lane == 0) {
       for_chunks(total, per_item, [&](const Chunk& chunk) {
         const u32 x_bytes = (item_count[chunk.item] + 7) / 8 * 1024, digit_bytes = chunk.n * 1024;
         const u8* from_x = x + (u64)item_first[chunk.item] * blocks * 128;
-        const u8* from_digits = digits + chunk.item * item_bytes + (u64)chunk.group * 1024;
+        const u8* from_digits = digits + (leader[chunk.item] - first_item) * item_bytes + (u64)chunk.group * 1024;
 #pragma unroll 1
         for (int block = 0; block < blocks; block++) {
           wait_barrier(place.full() + EMPTY, place.parity ^ 1);
