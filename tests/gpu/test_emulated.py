@@ -183,8 +183,11 @@ def test_small(emulated, case, bank, name):
     assert emulated.launched == ["decode_digits", "multiply_digits", "find_leaders", "arrange_x"]
 
 
-@pytest.mark.parametrize("groups", [2, 3, 4])
-@pytest.mark.parametrize("slots", [2, 5])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize("groups", [pytest.param(2, marks=LONG), pytest.param(3, marks=LONG), 4])
+@pytest.mark.parametrize("slots", [2, pytest.param(5, marks=LONG)])
 def test_ring(emulated, case, bank, monkeypatch, groups, slots):
     """Short rings, which go round often, and every number of row groups per block; chunks across items."""
     from qmoecodec_gpu import digits
@@ -197,8 +200,8 @@ def test_ring(emulated, case, bank, monkeypatch, groups, slots):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("groups", [2, 3, 4])
-@pytest.mark.parametrize("cols", [100, 700])
+@pytest.mark.parametrize("groups", [pytest.param(2, marks=LONG), pytest.param(3, marks=LONG), 4])
+@pytest.mark.parametrize("cols", [100, pytest.param(700, marks=LONG)])
 def test_shared_columns(emulated, case, bank, monkeypatch, groups, cols):
     """Warpgroups share columns where a chunk has few rows; fewer blocks than warpgroups; one expert, decoded once."""
     from qmoecodec_gpu import digits
