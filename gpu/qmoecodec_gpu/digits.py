@@ -104,14 +104,16 @@ def launch(
     base, is_f16 = {"SHARED_BASE": modules.shared_base(device)}, x.dtype == torch.float16
     decoder = modules.function(device, "decode_digits.cu", "decode_digits", decode.macros() | base)
     multiplier = modules.function(device, "multiply_digits.cu", "multiply_digits", multiply.macros(is_f16=is_f16) | base)
-    leader = torch.empty(items.max_large, dtype=torch.int32, device=device)
-    modules.launch(
-        device,
-        modules.function(device, "decode_digits.cu", "find_leaders", decode.macros() | base),
-        -(-items.max_large // 8),
-        256,
-        (p(n_items), p(item_expert), i32(at_once), p(leader)),
-    )
+    leader = None
+    if not is_one_expert:
+        leader = torch.empty(items.max_large, dtype=torch.int32, device=device)
+        modules.launch(
+            device,
+            modules.function(device, "decode_digits.cu", "find_leaders", decode.macros() | base),
+            -(-items.max_large // 8),
+            256,
+            (p(n_items), p(item_expert), i32(at_once), p(leader)),
+        )
     n_multiprocessors = modules.n_multiprocessors(device)
     if options.beside:  # blocks of both fit only if all of the memory that can be shared is
         decoder.preferred_shared_memory_carveout = multiplier.preferred_shared_memory_carveout = 100

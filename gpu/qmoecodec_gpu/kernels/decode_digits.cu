@@ -226,9 +226,9 @@ extern "C" __global__ void __launch_bounds__(256) find_leaders(const int* n_item
   if (lane == 0) leader[i] = first;
 }
 
-// Items first_item to first_item + max_items - 1, as far as there are and are their own leaders.  pitch: words of digits per row in shared memory, with room
-// for four phrases beyond the row (the last one, and three padding codewords), and an odd multiple of 4, so that eight rows lie in
-// different banks.
+// Items first_item to first_item + max_items - 1, as far as there are and are their own leaders (all of them where `leader` is
+// null).  pitch: words of digits per row in shared memory, with room for four phrases beyond the row (the last one, and three
+// padding codewords), and an odd multiple of 4, so that eight rows lie in different banks.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
 decode_digits(const u32* codes, const u64* expert_start, const u32* row_start, const u8* dictionary, const u32* threshold,
               const Entry* tables, const int* n_items, const int* item_expert, const int* leader, u8* out, int rows,
@@ -248,7 +248,7 @@ decode_digits(const u32* codes, const u64* expert_start, const u32* row_start, c
     const int expert = item_expert[first_item + item], first = (int)(unit - item * tiles) * TILE + warp * ROWS;
     d = dictionary[expert];
     return Decoder{codes + expert_start[expert], row_start + (u64)expert * (rows + 1), first, rows, lane, lane % LANES, lane / LANES,
-                   threshold[d], first < rows && leader[first_item + item] == (int)(first_item + item)};
+                   threshold[d], first < rows && (!leader || leader[first_item + item] == (int)(first_item + item))};
   };
   u32 item, next_item;
   int d, next_d;

@@ -214,7 +214,7 @@ template <int TOKENS> __device__ __forceinline__ void multiply(const u32* low, c
 }
 
 // Items first_item to first_item + max_items - 1, as far as there are; digits: their leaders', as decode_digits.cu leaves them,
-// item_bytes from one item to the next.
+// item_bytes from one item to the next; where `leader` is null, the first item leads all.
 // item_first, item_count: the places of an item's tokens in slot_token (route.cu); x as arrange.cu leaves it.
 extern "C" __global__ void BOUNDS
 multiply_digits(const u8* digits, const u32* levels, const u8* x, u16* y, i64 y_stride, const float* scale, int relu, int rows,
@@ -236,12 +236,12 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, u16* y, i64 y_
     item_first += first_item;
     item_count += first_item;
     item_expert += first_item;
-    leader += first_item;
+    if (leader) leader += first_item;
     if (warp == WARPS && lane == 0) {
       for_chunks(total, per_item, [&](const Chunk& chunk) {
         const u32 x_bytes = (item_count[chunk.item] + 7) / 8 * 1024, digit_bytes = chunk.n * 1024;
         const u8* from_x = x + (u64)item_first[chunk.item] * blocks * 128;
-        const u8* from_digits = digits + (leader[chunk.item] - first_item) * item_bytes + (u64)chunk.group * 1024;
+        const u8* from_digits = digits + (leader ? leader[chunk.item] - first_item : 0) * item_bytes + (u64)chunk.group * 1024;
 #pragma unroll 1
         for (int block = 0; block < blocks; block++) {
           wait_barrier(place.full() + EMPTY, place.parity ^ 1);
