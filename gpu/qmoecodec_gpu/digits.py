@@ -22,6 +22,7 @@ class Options:
     rows, warps, blocks : of the decoder, per warp, per block and per multiprocessor
     is_guarded : the decoder leaves out a missing second nonzero
     share : warpgroups without rows of their own share the columns of others'
+    fork : arrange x on a stream of its own, while the first items are decoded
     at_once : items decoded before they are multiplied; 0 for all
     beside : decode items while the ones before are multiplied, on a stream of its own; a multiprocessor has a block of each
     """
@@ -32,6 +33,7 @@ class Options:
     blocks: int = 1
     is_guarded: bool = True
     share: bool = False
+    fork: bool = False
     at_once: int = 0
     beside: bool = False
 
@@ -175,7 +177,7 @@ def launch(
             shared_bytes=multiply.shared_bytes,
         )
 
-    if not options.beside:
+    if not (options.beside or options.fork):
         arranged = tiles.arrange(items, x)
         for part in range(n_parts):
             queue_decode(part)
@@ -184,6 +186,17 @@ def launch(
     main = torch.cuda.current_stream(device)
     other = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     other.wait_stream(main)
+    if not options.beside:
+        with torch.cuda.stream(other):
+            arranged = tiles.arrange(items, x)
+            arranged.record_stream(main)
+        queue_decode(0)
+        main.wait_stream(other)
+        for part in range(n_parts):
+            if part:
+                queue_decode(part)
+            queue_multiply(part, arranged)
+        return
     multiplied: list[torch.cuda.Event] = []
     decoded: list[torch.cuda.Event] = []
     arranged = tiles.arrange(items, x)

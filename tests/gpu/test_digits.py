@@ -56,7 +56,9 @@ def test_shapes(case, bank, guarded, hopper, name, dtype):
     assert guarded.count("multiply_digits") >= 7
 
 
-@pytest.mark.parametrize("which", ["groups 2", "groups 3", "share", "plain", "8x2", "rows 4", "rows 1", "at once", "beside"])
+@pytest.mark.parametrize(
+    "which", ["groups 2", "groups 3", "share", "plain", "8x2", "rows 4", "rows 1", "at once", "fork", "beside"]
+)
 def test_forms(case, bank, hopper, which):
     """The forms that measurements choose among."""
     from qmoecodec_gpu import digits
@@ -70,6 +72,7 @@ def test_forms(case, bank, hopper, which):
         "rows 4": digits.Options(rows=4, warps=24),
         "rows 1": digits.Options(rows=1, share=True),
         "at once": digits.Options(at_once=2),
+        "fork": digits.Options(fork=True),
         "beside": dataclasses.replace(digits.BESIDE, at_once=2),
     }[which]
     rng = np.random.default_rng(62)
