@@ -106,7 +106,7 @@ class GpuExperts:
         self.device = codes.device
         self._plans: dict[int, plan.GatherPlan | None] = {}
         self._launches: dict[int, plan.Launch | None] = {}
-        self._tiles: dict[tuple[int, bool], plan.TilePlan | None] = {}
+        self._tiles: dict[int, plan.TilePlan | None] = {}
         self.handle = next(_handles)
         _by_handle[self.handle] = self
 
@@ -234,22 +234,20 @@ class GpuExperts:
             self._launches[largest] = plan.Launch(found) if found and len(found) == len(plans) else None
         return self._launches[largest]
 
-    def tile_plan(self, max_rows: int, *, is_wide: bool = False) -> plan.TilePlan | None:
-        """Return the plan of a tile kernel (`plan.plan_tile`); None where none fits."""
+    def tile_plan(self, max_rows: int) -> plan.TilePlan | None:
+        """Return the plan of the tile kernel (`plan.plan_tile`); None where it does not fit."""
         if self.layout is None or self.level_kind == 2:
             return None
-        if (max_rows, is_wide) not in self._tiles:
-            self._tiles[max_rows, is_wide] = plan.plan_tile(
+        if max_rows not in self._tiles:
+            self._tiles[max_rows] = plan.plan_tile(
                 self.layout,
                 cols=self.shape[2],
                 max_phrase=max(d.max_phrase for d in self.bank.dictionaries),
                 max_nonzeros=max(p.max_nonzeros for p in self.bank.phrases),
                 max_shared_bytes=modules.max_shared_bytes(self.device),
                 max_rows=max_rows,
-                is_sm_90=modules.is_sm_90(self.device),
-                is_wide=is_wide,
             )
-        return self._tiles[max_rows, is_wide]
+        return self._tiles[max_rows]
 
     def decode(
         self, expert: int | None = None, *, dtype: torch.dtype = torch.int8, out: torch.Tensor | None = None

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from qmoecodec_gpu import modules, plan, tiles
+from qmoecodec_gpu import digits, modules, plan, tiles
 from qmoecodec_gpu.experts import GpuExperts
 
 #: Up to so many tokens the routing kernel sorts by itself; beyond, torch does.
@@ -25,6 +25,7 @@ class Route:
     n_tokens : the number of tokens, which bounds the lists
     n_experts : the experts that they were routed to
     largest : tokens per item at most
+    least : tokens of a large item at least
     max_large : large items at most
     """
 
@@ -34,6 +35,7 @@ class Route:
     n_tokens: int
     n_experts: int
     largest: int
+    least: int
     max_large: int
 
 
@@ -44,21 +46,40 @@ def largest_class(experts: GpuExperts) -> int:
     return max(tokens for tokens in plan.TOKEN_CLASSES if experts.gather_plan(tokens) is not None)
 
 
-def choose_largest(experts: GpuExperts, x: torch.Tensor) -> int:
-    """Return the size of the largest item for these experts and tokens."""
-    large = len(x) >= plan.LEAST_TILE_TOKENS and tiles.plan_for(experts, x) is not None
-    return plan.TILE_TOKENS if large else largest_class(experts)
+def max_large(n_tokens: int, n_experts: int, largest: int, least: int) -> int:
+    """Return how many large items there may be."""
+    return 0 if largest < least else min(n_tokens // least, n_tokens // largest + n_experts)
 
 
-def route(expert: torch.Tensor, *, n_experts: int, largest: int) -> Route:
+def choose_sizes(*groups: tuple[GpuExperts, torch.Tensor], n_experts: int | None = None) -> tuple[int, int]:
+    """Return the sizes of the largest item and of the smallest large one for products with these experts and such tokens.
+
+    groups : those that share a route
+    n_experts : to which the tokens go at most; all if None
+    """
+    experts, x = groups[0]
+    small = min(largest_class(experts) for experts, _ in groups)
+    least = max(small + 1, 5)
+    if len(x) < least or small < 4:
+        return small, least
+    n_items = max_large(len(x), n_experts or experts.shape[0], plan.DIGITS_TOKENS, least)
+    n_row_groups = n_items * min(-(-experts.shape[1] // 64) for experts, _ in groups)
+    is_few = n_row_groups < modules.n_multiprocessors(experts.device)  # tiles of fewer rows keep more of the device busy
+    may_tile = all(tiles.plan_for(experts, x) is not None for experts, x in groups)
+    if not (is_few and may_tile) and all(digits.fits(experts, x) for experts, x in groups):
+        return plan.DIGITS_TOKENS, least
+    return plan.TILE_TOKENS if may_tile else small, least
+
+
+def route(expert: torch.Tensor, *, n_experts: int, largest: int, least: int = plan.TOKEN_CLASSES[-1] + 1) -> Route:
     """Group tokens by expert, on the device and without asking it anything.
 
     expert : int64[tokens]    -1 for a token that is dropped; a number that does not exist makes y NaN
+    largest, least : from `choose_sizes`
     """
     check_expert(expert)
     tokens, device = len(expert), expert.device
     expert = expert.contiguous()
-    least = plan.LEAST_TILE_TOKENS
     lists = torch.empty(8 + 45 * tokens, dtype=torch.int32, device=device)
     n_items, item_expert, item_tokens = lists[:6], lists[8 : 8 + 5 * tokens], lists[8 + 5 * tokens :]
     by_expert = by_token = None
@@ -84,8 +105,10 @@ def route(expert: torch.Tensor, *, n_experts: int, largest: int) -> Route:
         ),
         shared_bytes=0 if by_expert is not None else 12 * tokens + 16,  # reads are paired
     )
-    max_large = min(tokens // least, tokens // largest + n_experts) if largest > plan.TOKEN_CLASSES[-1] else 0
-    return Route(n_items, item_expert.view(5, tokens), item_tokens.view(5, 8 * tokens), tokens, n_experts, largest, max_large)
+    most = max_large(tokens, n_experts, largest, least)
+    return Route(
+        n_items, item_expert.view(5, tokens), item_tokens.view(5, 8 * tokens), tokens, n_experts, largest, least, most
+    )
 
 
 def check_expert(expert: torch.Tensor) -> None:
@@ -136,11 +159,13 @@ def run(
             raise ValueError(f"scale is on {scale.device}, x on {x.device}")
     _launch(experts, items, x, y, relu=relu, scale=scale)
     if isinstance(items, Route) and items.max_large:
-        tiles.launch(experts, items, x, y, relu=relu, scale=scale)
+        large = digits if items.largest == plan.DIGITS_TOKENS else tiles
+        large.launch(experts, items, x, y, relu=relu, scale=scale)
 
 
-def _largest_used(n_tokens: int, largest: int) -> int:
+def _largest_used(n_tokens: int, items: Route) -> int:
     """The largest class that may have items: a class of 2, 4 or 8 takes more than half as many tokens."""
+    largest = min(items.largest, items.least - 1)
     return max(tokens for tokens in plan.TOKEN_CLASSES if tokens <= largest and (tokens == 1 or tokens // 2 < n_tokens))
 
 
@@ -172,7 +197,7 @@ def _launch(
         raise ValueError(f"{n_tokens} tokens with {rows} rows are too many for one launch; take fewer tokens at a time")
     p, i32, device = modules.pointer, modules.i32, experts.device
     is_f16 = x.dtype == torch.float16
-    largest = _largest_used(n_tokens, items.largest) if isinstance(items, Route) else 1
+    largest = _largest_used(n_tokens, items) if isinstance(items, Route) else 1
     lists = _lists(items, 0, n_experts)
     vectors = (p(x), x.stride(0), p(y), y.stride(0), p(scale), i32(int(relu)), i32(rows), i32(cols))
     gather = experts.gather_launch(largest)
@@ -246,7 +271,8 @@ def matmul(
     if len(x) >= dense_from:
         return x @ experts.decode(expert, dtype=x.dtype, out=scratch).T
     numbers = torch.full((len(x),), expert, dtype=torch.int64, device=x.device)
-    items = route(numbers, n_experts=experts.shape[0], largest=choose_largest(experts, x))
+    largest, least = choose_sizes((experts, x), n_experts=1)
+    items = route(numbers, n_experts=experts.shape[0], largest=largest, least=least)
     if items.max_large:
         items = dataclasses.replace(items, max_large=-(-len(x) // items.largest))
     y = empty_y(experts, x)
@@ -266,7 +292,8 @@ def grouped_matvec(experts: GpuExperts, x: torch.Tensor, expert: torch.Tensor) -
     if len(x) == 1:
         items: Route | torch.Tensor = expert
     else:
-        items = route(expert, n_experts=experts.shape[0], largest=choose_largest(experts, x))
+        largest, least = choose_sizes((experts, x))
+        items = route(expert, n_experts=experts.shape[0], largest=largest, least=least)
     run(experts, items, x, y)
     return y
 
@@ -290,7 +317,8 @@ def moe_mlp(
     if len(x) == 1:
         items: Route | torch.Tensor = expert
     else:
-        items = route(expert, n_experts=wi.shape[0], largest=min(choose_largest(wi, x), choose_largest(wo, hidden)))
+        largest, least = choose_sizes((wi, x), (wo, hidden))
+        items = route(expert, n_experts=wi.shape[0], largest=largest, least=least)
     run(wi, items, x, hidden, relu=True)
     y = empty_y(wo, x)
     run(wo, items, hidden, y, scale=scale)

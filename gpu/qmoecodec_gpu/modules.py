@@ -21,7 +21,7 @@ import torch
 THREADS: Final = 256
 
 #: Files with instructions of sm_90a.
-_SM_90A: Final = ("multiply_digits.cu", "tile_sm90.cu")
+_SM_90A: Final = ("multiply_digits.cu",)
 
 _lock = threading.Lock()
 _functions: dict[tuple[int, str, str, tuple[tuple[str, int], ...]], Any] = {}

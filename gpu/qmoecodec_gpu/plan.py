@@ -10,12 +10,11 @@ from qmoecodec_gpu.tables import MAX_GATHER_NONZEROS, EntryForm, ScatterForm
 #: Tokens that share one pass over an expert's codewords.
 TOKEN_CLASSES: Final = (1, 2, 4, 8)
 
-#: Tokens of the largest and of the smallest item of the tile kernels (docs/performance-gpu.md).
+#: Tokens of the largest item of kernels/tile.cu, and its threads per block.
 TILE_TOKENS: Final = 64
-LEAST_TILE_TOKENS: Final = 9
+TILE_THREADS: Final = 512
 
 _TABLE_BYTES: Final = 64 * 1024
-_SCATTER_TABLE_BYTES: Final = 8 * 1024
 _MAX_WORDS: Final = 7
 #: Places for nonzeros that the kernel is compiled with.
 _NONZEROS: Final = (2, 3, 5, MAX_GATHER_NONZEROS)
@@ -162,43 +161,27 @@ def plan_gather(
 
 @dataclass(frozen=True, slots=True)
 class TilePlan:
-    """One compiled form of a tile kernel.
+    """One compiled form of kernels/tile.cu.
 
-    file : kernels/tile_sm90.cu or kernels/tile.cu
     tile : rows
     pitch : words of two-bit digits per row
-    blocks : that a multiprocessor has at a time
-    slots : stages of x in each part's ring (kernels/tile_sm90.cu)
     """
 
-    file: str
     layout: Layout
-    form: EntryForm | ScatterForm
+    form: EntryForm
     tile: int
     pitch: int
     shared_bytes: int
-    threads: int
-    blocks: int = 1
-    slots: int = 0
 
     def macros(self, *, is_f16: bool) -> dict[str, int]:
         """Return the macros that the kernel is compiled with."""
-        macros = {
+        return {
             "NZ": self.form.n_nonzeros,
             "LANES": self.layout.lanes,
             "WORDS": self.layout.words,
             "X_F16": int(is_f16),
             "LEVEL_KIND": int(is_f16),
-        }
-        if isinstance(self.form, EntryForm):
-            return macros | {"GROUPS": self.tile // 32}
-        return macros | {
-            "HALVES": self.tile // 64,
-            "THREADS": self.threads,
-            "SLOTS": self.slots,
-            "SURE": self.layout.sure_words,
-            "USUAL": self.layout.usual_words,
-            "ONE": int(self.layout.one_block),
+            "GROUPS": self.tile // 32,
         }
 
 
@@ -210,44 +193,18 @@ def choose_tile_rows(n_items: int, rows: int, n_multiprocessors: int) -> int:
 
 
 def plan_tile(
-    layout: Layout,
-    *,
-    cols: int,
-    max_phrase: int,
-    max_nonzeros: int,
-    max_shared_bytes: int,
-    max_rows: int,
-    is_sm_90: bool,
-    is_wide: bool = False,
+    layout: Layout, *, cols: int, max_phrase: int, max_nonzeros: int, max_shared_bytes: int, max_rows: int
 ) -> TilePlan | None:
-    """Plan a tile kernel with at most `max_rows` rows per tile; None where the group fits neither.
-
-    is_wide : for items of many tokens: rather one large block per multiprocessor than two small ones
-    """
-    if max_nonzeros > MAX_GATHER_NONZEROS or cols < 1:
+    """Plan the tile kernel with at most `max_rows` rows per tile; None where the group does not fit it."""
+    if max_nonzeros > MAX_GATHER_NONZEROS or cols < 1 or cols % 8 or max_phrase > EntryForm(8, True, 2).max_phrase:
         return None
-    n_nonzeros = next(n for n in _NONZEROS if n >= max_nonzeros)
+    form = EntryForm(8, True, next(n for n in _NONZEROS if n >= max_nonzeros))
     words = 4 * -(-cols // 64)
     pitch = words + (4 - words) % 8  # an odd multiple of 4, so that the rows of a fragment lie in different banks
-    if is_sm_90 and max_phrase <= ScatterForm.max_phrase:
-        half = (max_shared_bytes + 1024) // 2 - 1024  # each block takes 1024 bytes for itself
-        forms = [(128, 256, half), (64, 256, half), (64, 256, max_shared_bytes)]
-        for tile, threads, limit in ([(128, 512, max_shared_bytes)] if is_wide else []) + forms:
-            # the digits, or the sums, which have 4 words of padding per token; the ring, or the table before it
-            left = limit - 4 * max(tile * pitch, TILE_TOKENS * (tile + 4)) - 256
-            slot_of_all = 8 * threads * (threads // 2 // tile)  # one of each part
-            slots = min(8, left // slot_of_all)
-            ring = slot_of_all * slots
-            if tile <= max_rows and slots >= 3 and ring >= _SCATTER_TABLE_BYTES:
-                shared = limit - left + ring
-                blocks = 2 if shared <= half and threads == 256 else 1
-                return TilePlan("tile_sm90.cu", layout, ScatterForm(n_nonzeros), tile, pitch, shared, threads, blocks, slots)
-    if max_phrase <= EntryForm(8, True, 2).max_phrase and cols % 8 == 0:
-        form = EntryForm(8, True, n_nonzeros)
-        for tile in (128, 64, 32):
-            shared = 512 * 8 * 4 * form.n_words + max(4 * tile * pitch, 128 * 1024)
-            if tile <= max_rows and shared <= max_shared_bytes:
-                return TilePlan("tile.cu", layout, form, tile, pitch, shared, 512)
+    for tile in (128, 64, 32):
+        shared = 512 * 8 * 4 * form.n_words + max(4 * tile * pitch, 128 * 1024)
+        if tile <= max_rows and shared <= max_shared_bytes:
+            return TilePlan(layout, form, tile, pitch, shared)
     return None
 
 

@@ -135,7 +135,7 @@ def gather_entries(phrases: Phrases, form: EntryForm) -> UInt32Array:
 
 @dataclass(frozen=True, slots=True)
 class ScatterForm:
-    """The entries of the tile kernel for sm_90 (kernels/tile_sm90.cu, item 2).
+    """The entries of the decoder to two-bit digits (kernels/decode_digits.cu, item 1).
 
     n_nonzeros : places for nonzeros; more than 3 take two words
     """
@@ -152,14 +152,14 @@ class ScatterForm:
 
 
 def scatter_entries(phrases: Phrases, form: ScatterForm) -> UInt32Array:
-    """Build the tile kernel's table of one 8-bit dictionary.
+    """Build the table of one 8-bit dictionary for the decoder to two-bit digits.
 
     Returns uint32[256, 2, words]: byte 0 is twice the phrase's length, byte z twice the offset of nonzero z, plus 1 for a +; a
     phrase with fewer nonzeros than places repeats its last one; without any, the last byte is 255.
     Raises ValueError where the dictionary does not fit the form.
     """
     if phrases.lengths.shape[1] != 256:
-        raise ValueError("the tile kernel takes 8-bit codewords")
+        raise ValueError("two-bit digits take 8-bit codewords")
     if phrases.max_nonzeros > form.n_nonzeros or int(phrases.lengths.max(initial=0)) > form.max_phrase:
         raise ValueError(f"phrases do not fit {form}")
     table = np.zeros((256, 2, 4 * form.n_words), np.uint8)

@@ -18,12 +18,10 @@ FORMS = {
     "probe.cu": [],
     "gather.cu": ["-DMAX_TOK=8", "-DTHREADS=512"],
     "tile.cu": [],
-    "arrange.cu": [],
-    "tile_sm90.cu": [],
     "decode_digits.cu": [],
     "multiply_digits.cu": [],
 }
-HOPPER = ("tile_sm90.cu", "multiply_digits.cu")
+HOPPER = ("multiply_digits.cu",)
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")

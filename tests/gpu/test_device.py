@@ -49,7 +49,8 @@ def multiply(experts, x, numbers):
 
     y, whole = poisoned((len(numbers), experts.shape[1]), x.dtype)
     routed = torch.tensor(numbers, dtype=torch.int64, device="cuda")
-    items = matvec.route(routed, n_experts=experts.shape[0], largest=matvec.choose_largest(experts, x))
+    largest, least = matvec.choose_sizes((experts, x))
+    items = matvec.route(routed, n_experts=experts.shape[0], largest=largest, least=least)
     matvec.run(experts, items, x, y)
     torch.cuda.synchronize()
     assert whole()
@@ -424,8 +425,9 @@ def test_routing(gpu, n_tokens):
 
     rng = np.random.default_rng(n_tokens)
     expert = rng.integers(-1, 9, size=n_tokens)
-    for largest, least in ((1, 1), (2, 1), (4, 1), (8, 1), (64, 9)):
-        found = matvec.route(torch.from_numpy(expert).cuda(), n_experts=8, largest=largest)
+    for largest, least in ((1, 2), (2, 3), (4, 5), (8, 9), (64, 9), (128, 9), (128, 5)):
+        found = matvec.route(torch.from_numpy(expert).cuda(), n_experts=8, largest=largest, least=least)
+        assert int(found.n_items[4]) <= found.max_large
         slots, firsts, counts = found.item_tokens[4].split([6 * n_tokens, n_tokens, n_tokens])
         seen, taken = [], []
         for number in range(5):
@@ -439,7 +441,7 @@ def test_routing(gpu, n_tokens):
                     assert first % 8 == 0
                     taken += range(first, first + -(-count // 8) * 8)
                     tokens = slots[first : first + count].tolist()
-                assert (size // 2 if number < 4 else least - 1) < len(tokens) <= size <= max(largest, 8)
+                assert (size // 2 if number < 4 else least - 1) < len(tokens) <= size <= (largest if number == 4 else least - 1)
                 want = -1 if e == -1 else 8 if e == -2 else e
                 assert (expert[tokens] == want).all()
                 seen += tokens

@@ -152,7 +152,7 @@ def test_scatter_entries(dictionary):
     phrases = tables.list_phrases(dictionary)
     form = tables.ScatterForm(max(2, min(7, phrases.max_nonzeros)))
     if dictionary.code_bits != 8 or phrases.max_nonzeros > 7 or phrases.lengths.max() > form.max_phrase:
-        with pytest.raises(ValueError, match=r"tile kernel|do not fit"):
+        with pytest.raises(ValueError, match=r"two-bit digits|do not fit"):
             tables.scatter_entries(phrases, form)
         return
     table = tables.scatter_entries(phrases, form)
@@ -171,45 +171,23 @@ def test_scatter_entries(dictionary):
 
 def test_tile_plan():
     layout = plan.choose_layout(least_words=4, mean_words=4, most_words=4)
-    options = {"max_phrase": 36, "max_nonzeros": 2, "max_shared_bytes": 232448, "max_rows": 128, "is_sm_90": False}
-    for is_sm_90 in (False, True):
-        for cols in (8, 64, 72, 2080, 6144, 6656, 12032, 14336):
-            found = plan.plan_tile(layout, cols=cols, **{**options, "is_sm_90": is_sm_90})
-            assert found is not None
-            assert found.file == ("tile_sm90.cu" if is_sm_90 and cols < 14336 else "tile.cu")
-            assert found.pitch * 16 >= cols
-            assert found.pitch % 8 == 4
-            assert found.blocks * (found.shared_bytes + 1024) <= 233472
-            parts = found.threads // 2 // found.tile
-            ring = 8 * found.threads * parts * found.slots + -(-16 * parts * found.slots // 128) * 128
-            table = max(ring, 8192) if found.file == "tile_sm90.cu" else 16 * 1024
-            assert table + found.tile * found.pitch * 4 <= found.shared_bytes <= 232448
-            smaller = plan.plan_tile(layout, cols=cols, **{**options, "is_sm_90": is_sm_90, "max_rows": 64})
-            assert smaller.tile == min(64, found.tile)
+    options = {"max_phrase": 36, "max_nonzeros": 2, "max_shared_bytes": 232448, "max_rows": 128}
+    for cols in (8, 64, 72, 2080, 6144, 6656, 12032, 14336):
+        found = plan.plan_tile(layout, cols=cols, **options)
+        assert found.pitch * 16 >= cols
+        assert found.pitch % 8 == 4
+        assert 16 * 1024 + found.tile * found.pitch * 4 <= found.shared_bytes <= 232448
+        assert plan.plan_tile(layout, cols=cols, **{**options, "max_rows": 64}).tile == min(64, found.tile)
     assert plan.plan_tile(layout, cols=6144, **options).tile == 128
-    for cols, tile, blocks in ((2080, 128, 2), (6144, 64, 2), (7168, 64, 1), (12288, 64, 1)):
-        found = plan.plan_tile(layout, cols=cols, **{**options, "is_sm_90": True})
-        assert (found.tile, found.blocks, found.threads) == (tile, blocks, 256)
-        wide = plan.plan_tile(layout, cols=cols, **{**options, "is_sm_90": True, "is_wide": True})
-        assert (wide.tile, wide.blocks, wide.threads) == ((128, 1, 512) if cols < 6656 else (tile, blocks, 256))
-        assert 3 <= found.slots <= 8
-        assert wide.shared_bytes <= 232448
     assert plan.plan_tile(layout, cols=60, **options) is None
-    assert plan.plan_tile(layout, cols=60, **{**options, "is_sm_90": True}).tile == 128
     assert plan.plan_tile(layout, cols=200000, **options) is None
     assert plan.plan_tile(layout, cols=64, **{**options, "max_phrase": 64}) is None
-    assert plan.plan_tile(layout, cols=64, **{**options, "max_phrase": 64, "is_sm_90": True}).file == "tile_sm90.cu"
-    assert plan.plan_tile(layout, cols=64, **{**options, "max_phrase": 128, "is_sm_90": True}) is None
 
 
 def test_small_tiles_where_there_are_few():
     assert plan.choose_tile_rows(62, 2080, 132) == 128
     assert plan.choose_tile_rows(10, 2080, 132) == 64
     assert plan.choose_tile_rows(1, 2080, 132) == 32
-    layout = plan.choose_layout(least_words=4, mean_words=4, most_words=4)
-    options = {"max_phrase": 36, "max_nonzeros": 2, "max_shared_bytes": 232448, "max_rows": 32, "is_sm_90": True}
-    assert plan.plan_tile(layout, cols=6144, **options).file == "tile.cu"
-    assert plan.plan_tile(layout, cols=6143, **options) is None  # then 64 rows
 
 
 def test_first_experts():

@@ -142,8 +142,9 @@ def grouped(subject: Subject, tokens: int) -> tuple[float, float, float, float]:
     n = subject.n
     x = torch.randn(n * tokens, cols, device=DEVICE).bfloat16()
     numbers = torch.arange(n, device=DEVICE).repeat_interleave(tokens)
-    largest = matvec.choose_largest(subject.experts, x) if tokens > 1 else matvec.largest_class(subject.experts)
-    items = matvec.route(numbers, n_experts=n, largest=largest)
+    one = (matvec.largest_class(subject.experts), 9)  # no large items
+    largest, least = one if tokens == 1 else matvec.choose_sizes((subject.experts, x))
+    items = matvec.route(numbers, n_experts=n, largest=largest, least=least)
     y = torch.full((n * tokens, rows), float("nan"), dtype=torch.bfloat16, device=DEVICE)
     replay = capture(lambda: matvec.run(subject.experts, items, x, y))
     y.fill_(float("nan"))

@@ -1,5 +1,5 @@
 // Fused decode and matrix product for 8-bit dictionaries and items of up to 64 tokens, layout "words" (common.cuh), on any
-// architecture from sm_80; tile_sm90.cu is for Hopper.
+// architecture from sm_80.
 //
 // Naively, for each item (expert, tokens) and each tile of TILE rows:
 //   digits[row][column] = 0; for each codeword of each row: for each (offset, sign) of its phrase: digits[row][..] = sign
