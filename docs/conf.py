@@ -26,6 +26,7 @@ suppress_warnings = ["myst.xref_missing"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_mock_imports = ["cupy"]  # there is no device where the site is built
 
 # spec/ stands on its own beside docs/, with links and includes relative to itself. A copy inside the source
 # directory keeps them working on the site too; it is ignored by git and made anew by every build.
