@@ -7,69 +7,94 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from qmoecodec_gpu import modules, plan, tiles
+from qmoecodec_gpu import modules, plan
 
 if TYPE_CHECKING:
     from qmoecodec_gpu.experts import GpuExperts
     from qmoecodec_gpu.matvec import Route
 
+#: Bytes of digits at a time; beyond, items are decoded and multiplied in parts. One item is always taken.
+SCRATCH_BYTES: Final = 256 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What may be chosen, for measurements.
+    """What measurements may choose; 0 and None for what suits the shape.
 
     groups : row groups of 64 that a block multiplies at a time, 2 to 4
+    share : warpgroups share the columns of chunks of one group; up to 3 groups
+    slots, depth : stages of the ring, and of x under way
     rows, warps, blocks : of the decoder, per warp, per block and per multiprocessor
-    is_guarded : the decoder leaves out a missing second nonzero
-    share : warpgroups without rows of their own share the columns of others'
-    fork : arrange x on a stream of its own, while the first items are decoded
-    at_once : items decoded before they are multiplied; 0 for all
-    beside : decode items while the ones before are multiplied, on a stream of its own; a multiprocessor has a block of each
+    swizzled : x lies in shared memory so that nothing meets in a bank
     """
 
-    groups: int = 4
-    rows: int = 8
-    warps: int = 16
-    blocks: int = 1
-    is_guarded: bool = True
-    share: bool = False
-    fork: bool = False
-    at_once: int = 0
-    beside: bool = False
+    groups: int = 0
+    share: bool | None = None
+    slots: int = 0
+    depth: int = 4
+    rows: int = 0
+    warps: int = 8
+    blocks: int = 2
+    swizzled: bool = True
 
 
-#: Beside each other: three row groups, so 512 threads of 96 registers, and 256 of 64 that decode, are all that there are.
-BESIDE: Final = Options(groups=3, rows=8, warps=8, blocks=2, beside=True)
+_DEFAULT: Final = Options()
 
 
-def plans_for(experts: GpuExperts, options: Options) -> tuple[plan.DecodePlan, plan.MultiplyPlan] | None:
-    """Return the two kernels for these experts; None where they do not fit."""
-    if experts.layout is None or experts.level_kind == 2 or not modules.is_sm_90(experts.device):
+def fits(experts: GpuExperts, x: torch.Tensor) -> bool:
+    """Whether `launch` takes these experts and such x."""
+    return (
+        x.dtype == {0: torch.bfloat16, 1: torch.float16}.get(experts.level_kind)
+        and bool(experts.shape[1])
+        and modules.is_sm_90(experts.device)
+        and _plan_decode(experts, 8, _DEFAULT) is not None
+    )
+
+
+def _plan_decode(experts: GpuExperts, rows: int, options: Options) -> plan.DecodePlan | None:
+    if experts.layout is None:
         return None
-    most = modules.max_shared_bytes(experts.device)
-    decode = plan.plan_decode(
+    return plan.plan_decode(
         experts.layout,
         cols=experts.shape[2],
         max_phrase=max(d.max_phrase for d in experts.bank.dictionaries),
         max_nonzeros=max(p.max_nonzeros for p in experts.bank.phrases),
-        max_shared_bytes=most,
-        rows=options.rows,
+        max_shared_bytes=modules.max_shared_bytes(experts.device),
+        rows=options.rows or rows,
         warps=options.warps,
         blocks=options.blocks,
-        resident=4 if options.beside else 0,
-        is_guarded=options.is_guarded,
     )
+
+
+def _plans(experts: GpuExperts, n_decoded: int, n_items: int, options: Options) -> tuple[plan.DecodePlan, plan.MultiplyPlan]:
+    """Plan for so many items at most."""
+    _, rows, _ = experts.shape
+    n_multiprocessors = modules.n_multiprocessors(experts.device)
+    least = 32 // experts.layout.lanes if experts.layout is not None else 1
+    decode = _plan_decode(experts, plan.choose_decode_rows(n_decoded * rows, least, n_multiprocessors), options)
     if decode is None:
-        return None
-    left = most - 1024 - decode.shared_bytes if options.beside else most
-    entry = 96 if options.beside else 0
-    return decode, plan.plan_multiply(options.groups, max_shared_bytes=left, entry=entry, share=options.share)
+        raise ValueError("digits need experts of 8-bit codewords whose rows fit into shared memory")
+    groups = options.groups or plan.choose_groups(rows)
+    share = options.share
+    if share is None:
+        share = groups < 4 and n_items * -(-rows // 64) < 4 * groups * n_multiprocessors
+    multiply = plan.plan_multiply(
+        groups,
+        max_shared_bytes=modules.max_shared_bytes(experts.device),
+        share=share,
+        slots=options.slots,
+        depth=options.depth,
+    )
+    return decode, multiply
 
 
-def scratch_bytes(experts: GpuExperts, n_items: int) -> int:
-    """Bytes of the digits of so many items."""
-    _, rows, cols = experts.shape
-    return n_items * -(-cols // 64) * -(-rows // 64) * 1024
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """Return x, or a copy, with rows on 16-byte boundaries and of a multiple of 8 columns, the further ones 0."""
+    if x.shape[1] % 8 == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    padded = x.new_zeros((len(x), -(-x.shape[1] // 8) * 8))
+    padded[:, : x.shape[1]] = x
+    return padded
 
 
 def launch(
@@ -78,34 +103,33 @@ def launch(
     x: torch.Tensor,
     y: torch.Tensor,
     *,
-    scratch: torch.Tensor,
-    options: Options,
     relu: bool = False,
     scale: torch.Tensor | None = None,
     is_one_expert: bool = False,
+    options: Options = _DEFAULT,
 ) -> None:
-    """Queue the large items, of up to `plan.DIGITS_TOKENS` tokens. Trusts its arguments.
+    """Queue the large items, of up to `plan.DIGITS_TOKENS` tokens. Trusts its arguments, of which `fits` says whether they do.
 
-    scratch : uint8[scratch_bytes]    of all items; of twice `at_once` items if that is given; of one if they are of one expert
     is_one_expert : all large items are of one expert, which is decoded once
-    Raises ValueError where the kernels do not take these experts.
+    May be captured in a CUDA graph once it has run for these experts and this number of tokens.
     """
-    found = plans_for(experts, options)
-    if found is None or x.dtype != {0: torch.bfloat16, 1: torch.float16}[experts.level_kind]:
-        raise ValueError("digits need Hopper, experts of 8-bit codewords and levels of x's type")
-    decode, multiply = found
     _, rows, cols = experts.shape
+    if not items.max_large:
+        return
     device, p, i32 = experts.device, modules.pointer, modules.i32
-    at_once = items.max_large if is_one_expert else min(options.at_once or items.max_large, items.max_large)
-    n_parts = -(-items.max_large // at_once)
-    part_bytes = scratch_bytes(experts, 1 if is_one_expert else at_once)
-    if scratch.numel() < part_bytes * min(2, n_parts):
-        raise ValueError(f"scratch has {scratch.numel()} bytes, not {part_bytes * min(2, n_parts)}")
+    item_bytes = -(-cols // 64) * -(-rows // 64) * 1024
+    at_once = items.max_large if is_one_expert else min(items.max_large, max(1, SCRATCH_BYTES // item_bytes))
+    n_decoded = 1 if is_one_expert else at_once
+    decode, multiply = _plans(experts, n_decoded, at_once, options)
+    x = _aligned(x)
+    scratch = torch.empty(n_decoded * item_bytes, dtype=torch.uint8, device=device)
     n_items, item_expert, slot_token = items.n_items[4:], items.item_expert[4], items.item_tokens[4]
     item_first, item_count = slot_token[6 * items.n_tokens :], slot_token[7 * items.n_tokens :]
-    base, is_f16 = {"SHARED_BASE": modules.shared_base(device)}, x.dtype == torch.float16
+    n_multiprocessors = modules.n_multiprocessors(device)
+    base = {"SHARED_BASE": modules.shared_base(device)}
     decoder = modules.function(device, "decode_digits.cu", "decode_digits", decode.macros() | base)
-    multiplier = modules.function(device, "multiply_digits.cu", "multiply_digits", multiply.macros(is_f16=is_f16) | base)
+    macros = multiply.macros(is_f16=x.dtype == torch.float16) | base | {"SWIZZLED": int(options.swizzled)}
+    multiplier = modules.function(device, "multiply_digits.cu", "multiply_digits", macros)
     leader = None
     if not is_one_expert:
         leader = torch.empty(items.max_large, dtype=torch.int32, device=device)
@@ -116,16 +140,12 @@ def launch(
             256,
             (p(n_items), p(item_expert), i32(at_once), p(leader)),
         )
-    n_multiprocessors = modules.n_multiprocessors(device)
-    if options.beside:  # blocks of both fit only if all of the memory that can be shared is
-        decoder.preferred_shared_memory_carveout = multiplier.preferred_shared_memory_carveout = 100
-
-    def queue_decode(part: int) -> None:
-        count = 1 if is_one_expert else min(at_once, items.max_large - part * at_once)
+    for first in range(0, items.max_large, at_once):
+        count = min(at_once, items.max_large - first)
         modules.launch(
             device,
             decoder,
-            min((1 if options.beside and part else decode.blocks) * n_multiprocessors, count * -(-rows // decode.tile)),
+            min(decode.blocks * n_multiprocessors, min(count, n_decoded) * -(-rows // decode.tile)),
             32 * decode.warps,
             (
                 p(experts.codes),
@@ -137,76 +157,40 @@ def launch(
                 p(n_items),
                 p(item_expert),
                 p(leader),
-                p(scratch[part % 2 * part_bytes :]),
+                p(scratch),
                 i32(rows),
                 i32(cols),
                 i32(decode.pitch),
-                i32(part * at_once),
-                i32(count),
+                i32(first),
+                i32(min(count, n_decoded)),
             ),
             shared_bytes=decode.shared_bytes,
         )
-
-    def queue_multiply(part: int, arranged: torch.Tensor) -> None:
-        count = min(at_once, items.max_large - part * at_once)
         modules.launch(
             device,
             multiplier,
             min(n_multiprocessors, count * -(-rows // 64)),
             multiply.threads,
             (
-                p(scratch[part % 2 * part_bytes :]),
+                p(scratch),
                 p(experts.levels),
-                p(arranged),
+                p(x),
+                2 * x.stride(0),
                 p(y),
                 y.stride(0),
                 p(scale),
                 i32(int(relu)),
                 i32(rows),
-                i32(cols),
+                i32(x.shape[1]),
                 p(n_items),
                 p(item_expert),
                 p(item_first),
                 p(item_count),
                 p(slot_token),
                 p(leader),
-                i32(part * at_once),
+                i32(first),
                 i32(count),
-                scratch_bytes(experts, 1),
+                item_bytes,
             ),
             shared_bytes=multiply.shared_bytes,
         )
-
-    if not (options.beside or options.fork):
-        arranged = tiles.arrange(items, x)
-        for part in range(n_parts):
-            queue_decode(part)
-            queue_multiply(part, arranged)
-        return
-    main = torch.cuda.current_stream(device)
-    other = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    other.wait_stream(main)
-    if not options.beside:
-        with torch.cuda.stream(other):
-            arranged = tiles.arrange(items, x)
-            arranged.record_stream(main)
-        queue_decode(0)
-        main.wait_stream(other)
-        for part in range(n_parts):
-            if part:
-                queue_decode(part)
-            queue_multiply(part, arranged)
-        return
-    multiplied: list[torch.cuda.Event] = []
-    decoded: list[torch.cuda.Event] = []
-    arranged = tiles.arrange(items, x)
-    for part in range(n_parts):
-        with torch.cuda.stream(other):
-            if part >= 2:
-                other.wait_event(multiplied[part - 2])  # that part's digits are no longer needed
-            queue_decode(part)
-            decoded.append(other.record_event())
-        main.wait_event(decoded[part])
-        queue_multiply(part, arranged)
-        multiplied.append(main.record_event())
-    main.wait_stream(other)

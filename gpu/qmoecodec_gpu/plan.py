@@ -219,10 +219,8 @@ class DecodePlan:
     rows : of a warp at a time
     warps : per block
     blocks : that a multiprocessor has at a time
-    resident : blocks for which a multiprocessor has registers
     copies : of the table
     pitch : words of digits per row in shared memory
-    is_guarded : a missing second nonzero is left out, rather than or'ed as a 0
     """
 
     layout: Layout
@@ -230,11 +228,9 @@ class DecodePlan:
     rows: int
     warps: int
     blocks: int
-    resident: int
     copies: int
     pitch: int
     shared_bytes: int
-    is_guarded: bool
 
     @property
     def tile(self) -> int:
@@ -252,9 +248,8 @@ class DecodePlan:
             "ONE": int(self.layout.one_block),
             "ROWS": self.rows,
             "WARPS": self.warps,
-            "RESIDENT": self.resident,
+            "RESIDENT": self.blocks,
             "COPIES": self.copies,
-            "GUARDED": int(self.is_guarded),
         }
 
 
@@ -266,30 +261,35 @@ def plan_decode(
     max_nonzeros: int,
     max_shared_bytes: int,
     rows: int = 8,
-    warps: int = 16,
-    blocks: int = 1,
-    resident: int = 0,
-    is_guarded: bool = True,
+    warps: int = 8,
+    blocks: int = 2,
 ) -> DecodePlan | None:
     """Plan the decoder to two-bit digits; None where a group does not fit it.
 
-    rows, warps : per warp and per block, fewer warps where they do not fit
-    resident : 0 for `blocks`
+    rows, warps : per warp and per block, fewer where they do not fit: rows rather than warps
     """
     if max_nonzeros > MAX_GATHER_NONZEROS or cols < 1 or max_phrase > ScatterForm.max_phrase:
         return None
     form = ScatterForm(next(n for n in _NONZEROS if n >= max_nonzeros))
-    rows = max(rows, 32 // layout.lanes)
     words = max(4 * -(-cols // 64), -(-(cols + 4 * max_phrase) // 16))
     pitch = words + (4 - words) % 8
     limit = (max_shared_bytes + 1024) // blocks - 1024  # each block takes 1024 bytes for itself
+    least = 32 // layout.lanes
     while warps:
-        for copies in (16, 8, 4):
-            shared = 2048 * form.n_words * copies + 4 * rows * warps * pitch
-            if copies * form.n_words <= 32 and shared <= limit:
-                return DecodePlan(layout, form, rows, warps, blocks, resident or blocks, copies, pitch, shared, is_guarded)
+        here = max(rows, least)
+        while here >= least:
+            for copies in (16, 8, 4):
+                shared = 2048 * form.n_words * copies + 4 * here * warps * pitch
+                if copies * form.n_words <= 32 and shared <= limit:
+                    return DecodePlan(layout, form, here, warps, blocks, copies, pitch, shared)
+            here //= 2
         warps //= 2
     return None
+
+
+def choose_decode_rows(total_rows: int, least: int, n_multiprocessors: int) -> int:
+    """Return how many rows a warp decodes at a time, 1 to 8, so that so many rows keep a device's 16 warps busy."""
+    return next((rows for rows in (8, 4, 2) if rows > least and total_rows >= 16 * rows * n_multiprocessors), least)
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,35 +298,41 @@ class MultiplyPlan:
 
     groups : of 64 rows, one for each warpgroup
     slots : stages that the ring holds
-    entry : registers of each thread when a block begins; 0 for all there are
-    share : warpgroups without rows of their own share the columns of others'
+    depth : stages of x that are under way
+    share : warpgroups share the columns of chunks of one group
     """
 
     groups: int
     slots: int
+    depth: int
+    share: bool
     shared_bytes: int
-    entry: int = 0
-    share: bool = False
 
     @property
     def threads(self) -> int:
         """Threads per block."""
         return 128 * (self.groups + 1)
 
-    @property
-    def slot_bytes(self) -> int:
-        """Shared memory of a stage: x, digits and two barriers."""
-        return 128 * DIGITS_TOKENS + 1024 * self.groups + 16
-
     def macros(self, *, is_f16: bool) -> dict[str, int]:
         """Return the macros that the kernel is compiled with."""
-        macros = {"X_F16": int(is_f16), "LEVEL_KIND": int(is_f16)} | ({"ENTRY": self.entry} if self.entry else {})
-        return macros | {"GROUPS": self.groups, "SLOTS": self.slots, "SHARE": int(self.share)}
+        macros = {"X_F16": int(is_f16), "LEVEL_KIND": int(is_f16), "GROUPS": self.groups, "SLOTS": self.slots}
+        return macros | {"DEPTH": self.depth, "SHARE": int(self.share)}
 
 
-def plan_multiply(groups: int, *, max_shared_bytes: int, entry: int = 0, share: bool = False) -> MultiplyPlan:
-    """Plan the product with two-bit digits: as many stages as fit."""
+def plan_multiply(groups: int, *, max_shared_bytes: int, share: bool = False, slots: int = 0, depth: int = 4) -> MultiplyPlan:
+    """Plan the product with two-bit digits.
+
+    share : only for up to three groups
+    slots, depth : 0 slots for as many as fit; less depth where the ring is too short
+    """
     slot = 128 * DIGITS_TOKENS + 1024 * groups + 16  # and two barriers
-    other = 2 * (256 * groups + 8 * DIGITS_TOKENS + 16) + 64 + (256 * DIGITS_TOKENS if share else 0)
-    slots = (max_shared_bytes - other) // slot
-    return MultiplyPlan(groups, slots, slots * slot + other, entry, share)
+    other = 2 * (256 * groups + 8 * DIGITS_TOKENS + 16) + 64 + (128 * DIGITS_TOKENS if share else 0)
+    slots = slots or (max_shared_bytes - other) // slot
+    depth = min(depth, slots - 1 - (groups if share else 2))
+    return MultiplyPlan(groups, slots, depth, share, slots * slot + other)
+
+
+def choose_groups(rows: int) -> int:
+    """Return how many groups of 64 rows a block multiplies at a time, 2 to 4: what leaves the fewest warpgroups without rows."""
+    groups = -(-rows // 64)
+    return min((3, 4, 2) if groups > 2 else (2,), key=lambda n: -(-groups // n) * n)

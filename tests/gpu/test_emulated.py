@@ -58,8 +58,9 @@ def expected_digits(digits, padded, blocks):
     rows, cols = digits.shape
     two = np.zeros((padded, blocks * 64), np.uint32)
     two[:rows, :cols] = np.where(digits < 0, 1, np.where(digits > 0, 2, 0))
-    two = two.reshape(padded, blocks, 4, 16)
-    return (two << (2 * np.arange(16, dtype=np.uint32))).sum(-1).astype(np.uint32).transpose(1, 0, 2)
+    s, h, q, bit = np.meshgrid(*(np.arange(n, dtype=np.uint32) for n in (4, 2, 4, 2)), indexing="ij")
+    two = two.reshape(padded, blocks, 4, 2, 4, 2) << (8 * (2 * h + bit) + 2 * s)
+    return two.sum((2, 3, 5)).astype(np.uint32).transpose(1, 0, 2)
 
 
 class Emulated:
@@ -98,13 +99,42 @@ def emulated(tmp_path, monkeypatch):
     return stand_in
 
 
-def run(emulated, case, rng, shape, counts, *, dictionary, options=None, slots=None, one=False, monkeypatch=None, **epilogue):
+@pytest.fixture
+def guarded_empty(monkeypatch):
+    """Buffers of bytes from torch.empty: filled with 0xFF, a guard behind each."""
+    real, given = torch.empty, []
+
+    def empty(size, *, dtype, device):
+        if dtype != torch.uint8:
+            return real(size, dtype=dtype, device=device)
+        given.append(torch.full((size + GUARD,), 0xFF, dtype=dtype))
+        return given[-1][:size]
+
+    monkeypatch.setattr(torch, "empty", empty)
+    yield given
+    assert given and all(bool((buffer[-GUARD:] == 0xFF).all()) for buffer in given)
+
+
+@pytest.fixture
+def run(emulated, guarded_empty, case):
     """Decode and multiply some items, and compare with float64."""
+
+    def run_and_compare(*arguments, **options):
+        guarded_empty.clear()
+        check_product(case, guarded_empty, *arguments, **options)
+
+    return run_and_compare
+
+
+def check_product(case, buffers, rng, shape, counts, *, dictionary, options=None, one=False, parts=1, relu=False, scale=False):
+    """counts : tokens of each item; item i is of expert i % experts
+    one : decode one expert for all items
+    parts : of the items, each with its scratch
+    """
     from qmoecodec_gpu import digits
     from qmoecodec_gpu.experts import Bank, GpuExperts
     from qmoecodec_gpu.matvec import Route
 
-    options = options or digits.Options()
     n_experts, rows, cols = shape
     data = case(shape, 0.8, dictionary, rng)
     words = (data.encoded.row_lengths.astype(np.int64) + 3) >> 2
@@ -117,15 +147,6 @@ def run(emulated, case, rng, shape, counts, *, dictionary, options=None, slots=N
         shape=shape, bank=bank, dictionary_index=torch.zeros(n_experts, dtype=torch.uint8), codes=codes,
         expert_start=expert_start, row_start=row_start, levels=levels.view(torch.uint8), level_kind=0, layout=layout,
     )  # fmt: skip
-    if slots:
-        real = plan.plan_multiply
-
-        def short(groups, *, max_shared_bytes, **form):
-            long = real(groups, max_shared_bytes=max_shared_bytes, **form)
-            return real(groups, max_shared_bytes=long.shared_bytes - (long.slots - slots) * long.slot_bytes, **form)
-
-        monkeypatch.setattr(plan, "plan_multiply", short)
-
     # Work lists as kernels/route.cu makes them: item i is expert i % n_experts, with counts[i] tokens scattered over x.
     n_tokens, n = sum(counts), len(counts)
     order = rng.permutation(n_tokens)
@@ -146,20 +167,19 @@ def run(emulated, case, rng, shape, counts, *, dictionary, options=None, slots=N
     items = Route(*lists, n_tokens=n_tokens, n_experts=n_experts, largest=plan.DIGITS_TOKENS, max_large=most)
 
     x = torch.from_numpy(rng.standard_normal((n_tokens, cols))).bfloat16()
-    factors = torch.from_numpy(rng.random(n_tokens).astype(np.float32) + 0.5) if epilogue.get("scale") else None
-    relu = epilogue.get("relu", False)
-    at_once = options.at_once or items.max_large
-    size = digits.scratch_bytes(experts, 1 if one else at_once) * min(2, -(-items.max_large // at_once))
-    scratch = torch.full((size + GUARD,), 0xFF, dtype=torch.uint8)
+    factors = torch.from_numpy(rng.random(n_tokens).astype(np.float32) + 0.5) if scale else None
     y = torch.full((n_tokens * rows + GUARD,), float("nan"), dtype=torch.bfloat16)
     target = y[: n_tokens * rows].view(n_tokens, rows)
-    digits.launch(experts, items, x, target, scratch=scratch[:size], options=options, relu=relu, scale=factors, is_one_expert=one)
-    assert bool((scratch[size:] == 0xFF).all())
+    options = options or digits.Options()
+    digits.launch(experts, items, x, target, relu=relu, scale=factors, is_one_expert=one, options=options)
     assert bool(y[n_tokens * rows :].isnan().all())
+    (scratch,) = buffers
 
-    if not options.at_once:
-        blocks, padded = -(-cols // 64), -(-rows // 64) * 64
-        found = scratch[:size].numpy().view(np.uint32).reshape(-1, blocks, padded, 4)
+    blocks, padded = -(-cols // 64), -(-rows // 64) * 64
+    item_bytes = blocks * padded * 16
+    assert len(scratch) - GUARD == (1 if one else -(-most // parts)) * item_bytes
+    if parts == 1:
+        found = scratch[:-GUARD].numpy().view(np.uint32).reshape(-1, blocks, padded, 4)
         inside = expected_digits(np.ones((rows, cols), np.int8), padded, blocks)
         inside |= inside >> 1
         for i in range(min(n, n_experts)):  # the leaders
@@ -177,50 +197,44 @@ def run(emulated, case, rng, shape, counts, *, dictionary, options=None, slots=N
 
 
 @pytest.mark.parametrize("name", ["8 bit, .885", "8 bit, 1/3", "8 bit, table"])
-def test_small(emulated, case, bank, name):
+def test_small(emulated, run, bank, name):
     """Items of every size class, a row group that is not whole, columns that are not whole blocks."""
-    run(emulated, case, np.random.default_rng(51), (2, 140, 1031), (9, 20, 33, 128, 65), dictionary=bank[name]())
-    assert emulated.launched == ["decode_digits", "multiply_digits", "find_leaders", "arrange_x"]
+    run(np.random.default_rng(51), (2, 140, 1031), (9, 20, 33, 128, 65), dictionary=bank[name]())
+    assert emulated.launched == ["decode_digits", "multiply_digits", "find_leaders"]
 
 
 LONG = pytest.mark.long
 
 
-@pytest.mark.parametrize("groups", [pytest.param(2, marks=LONG), pytest.param(3, marks=LONG), 4])
-@pytest.mark.parametrize("slots", [2, pytest.param(5, marks=LONG)])
-def test_ring(emulated, case, bank, monkeypatch, groups, slots):
+@pytest.mark.parametrize("groups", [pytest.param(2, marks=LONG), 3, pytest.param(4, marks=LONG)])
+@pytest.mark.parametrize(("slots", "depth"), [(4, 1), pytest.param(7, 4, marks=LONG), pytest.param(8, 2, marks=LONG)])
+def test_ring(run, bank, groups, slots, depth):
     """Short rings, which go round often, and every number of row groups per block; chunks across items."""
     from qmoecodec_gpu import digits
 
-    options, dictionary = digits.Options(groups=groups), bank["8 bit, .885"]()
-    rng = np.random.default_rng(52)
-    run(
-        emulated, case, rng, (3, 333, 300), (16, 64, 30, 100), dictionary=dictionary, options=options, slots=slots,
-        monkeypatch=monkeypatch,
-    )  # fmt: skip
+    options = digits.Options(groups=groups, slots=slots, depth=depth, share=False)
+    run(np.random.default_rng(52), (3, 333, 296), (16, 64, 30, 100), dictionary=bank["8 bit, .885"](), options=options)
 
 
-@pytest.mark.parametrize("groups", [pytest.param(2, marks=LONG), pytest.param(3, marks=LONG), 4])
-@pytest.mark.parametrize("cols", [100, pytest.param(700, marks=LONG)])
-def test_shared_columns(emulated, case, bank, monkeypatch, groups, cols):
-    """Warpgroups share columns where a chunk has few rows; fewer blocks than warpgroups; one expert, decoded once."""
+@pytest.mark.parametrize("groups", [pytest.param(2, marks=LONG), 3])
+@pytest.mark.parametrize("cols", [104, pytest.param(704, marks=LONG)])
+def test_shared_columns(run, bank, groups, cols):
+    """Warpgroups share columns of chunks of one group; fewer blocks than warpgroups; one expert, decoded once."""
     from qmoecodec_gpu import digits
 
-    options, dictionary = digits.Options(groups=groups, share=True, rows=2, warps=8), bank["8 bit, .885"]()
+    options = digits.Options(groups=groups, share=True, slots=groups + 2, rows=2)
     rng = np.random.default_rng(54)
     for counts in ((40,), (30, 9), (128, 20, 64)):
-        run(
-            emulated, case, rng, (1, 170, cols), counts, dictionary=dictionary, options=options, slots=groups + 2, one=True,
-            monkeypatch=monkeypatch,
-        )  # fmt: skip
-        monkeypatch.undo()
-        emulated.patch(monkeypatch, importlib.import_module("qmoecodec_gpu.modules"))
+        run(rng, (1, 170, cols), counts, dictionary=bank["8 bit, .885"](), options=options, one=True)
 
 
-def test_options(emulated, case, bank):
-    """Scales and relu; two items at once; four rows per warp; second nonzeros or'ed unguarded."""
+def test_parts(run, bank, monkeypatch):
+    """Scales and relu; items in parts, of which the last has none; x in the form without swizzle."""
     from qmoecodec_gpu import digits
 
-    options, dictionary = digits.Options(rows=4, warps=8, blocks=3, is_guarded=False, at_once=2), bank["8 bit, .885"]()
-    rng = np.random.default_rng(53)
-    run(emulated, case, rng, (2, 100, 2080), (12, 40, 64), dictionary=dictionary, options=options, scale=True, relu=True)
+    monkeypatch.setattr(digits, "SCRATCH_BYTES", 2 * 128 * 33 * 16 + 1)
+    options = digits.Options(rows=4, warps=4, blocks=3, swizzled=False)
+    run(
+        np.random.default_rng(53), (2, 100, 2080), (12, 40, 64, 20), dictionary=bank["8 bit, .885"](), options=options, parts=3,
+        scale=True, relu=True,
+    )  # fmt: skip

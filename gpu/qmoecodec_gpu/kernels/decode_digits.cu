@@ -1,8 +1,9 @@
 // Decoding of the experts of large items to two-bit digits, for 8-bit dictionaries, layout "words" (common.cuh).
 //
-// Of item i, `out` holds for each block of 64 columns, for each row, 16 bytes: column 16 w + k of the block in bits 2 k and 2 k + 1
-// of word w; 0, 1 for -, 2 for +.  multiply_digits.cu reads it so.  The number of rows is rounded up to a multiple of 64; what is
-// there beyond the last row is undefined.  Columns beyond the row are 0, 1 or 2.
+// Of item i, `out` holds for each block of 64 columns, for each row, 16 bytes: 0, 1 for -, 2 for +, in two bits each.  Column
+// 16 s + 8 h + 2 q + l of the block (s, q = 0..3; h, l = 0, 1) stands from bit 8 (2 h + l) + 2 s of word q on, as multiply_digits.cu
+// takes it.  The number of rows is rounded up to a multiple of 64; what is there beyond the last row is undefined.  Columns
+// beyond the row are 0, 1 or 2.
 //
 // Naively, for each row: for each codeword: for each (offset, sign) of its phrase: out[..][position + offset] = sign.
 //
@@ -10,10 +11,9 @@
 //  1. Decoding is that of gather.cu (items 1, 2 and 4 there), with COPIES copies of the table.  Columns are counted in bits of a
 //     row's digits, two per digit: the position of a nonzero, made by one dp4a, is at once its address in shared memory and,
 //     shifted into 1, its value.  An entry with fewer nonzeros than places repeats its last one, which an or forgives.  With two
-//     places a mark says whether there is a first and a second one: a missing first is a 0, or'ed like a 1, a missing second is
-//     left out, as it is missing more often than not (GUARDED).
-//  2. A warp has ROWS rows to itself: it decodes them into its part of shared memory, then moves them out, 16 bytes of each row
-//     side by side, clearing behind it.  Warps wait for each other only when the dictionary changes, so some decode, which
+//     places a mark says whether there is a first and a second one; a missing one is a 0, or'ed like a 1.
+//  2. A warp has ROWS rows to itself: it decodes them into its part of shared memory, in the columns' own order, then moves them
+//     out, 16 bytes of each row side by side, in the order above, clearing behind it.  Warps wait for each other only when the dictionary changes, so some decode, which
 //     keeps shared memory busy, while others wait for codewords or move digits.
 //  3. While a row is decoded, the next row's codewords are on their way; the next tile's first while this one's digits leave.
 //
@@ -39,19 +39,16 @@
 #define ONE 0
 #endif
 #ifndef WARPS
-#define WARPS 16
+#define WARPS 8
 #endif
 #ifndef COPIES
 #define COPIES 4     // of the table: 4, 8 or 16
 #endif
-#ifndef GUARDED
-#define GUARDED 1
-#endif
 #ifndef ROWS
-#define ROWS 8       // of a warp at a time: 8 or 4, and 32 / LANES at least
+#define ROWS 8       // of a warp at a time: 8, 4, 2 or 1, and 32 / LANES at least
 #endif
 #ifndef RESIDENT
-#define RESIDENT 1   // blocks for which a multiprocessor has registers
+#define RESIDENT 2   // blocks that a multiprocessor has at a time
 #endif
 #ifndef SHARED_BASE
 #define SHARED_BASE 1024
@@ -192,11 +189,7 @@ struct Decoder {
             const Entry e = entry[4 * i + k];
 #if NZ == 2
             put_bit(__dp4a(e, 1u << 8, base), e >> 31);
-#if GUARDED
-            put_digit(__dp4a(e, 1u << 16, base), e & SECOND);
-#else
             put_bit(__dp4a(e, 1u << 16, base), e >> 24 & 1);
-#endif
 #else
             const bool some = last_word_of(e) < NOTHING;
 #pragma unroll
@@ -214,8 +207,24 @@ struct Decoder {
   }
 };
 
+// a's bits where `mask` is 1, b's where it is 0.
+__device__ __forceinline__ u32 choose(u32 mask, u32 a, u32 b) { return (a & mask) | (b & ~mask); }
+
+// 64 digits, word s of columns 16 s and on, into the order of `out`.  By place, 16 h + 4 q + 2 l: the other digit of each pair
+// changes places with the next word's, each other nibble with the next but one's; then bytes are put in line.
+__device__ __forceinline__ uint4 in_order(const uint4& v) {
+  constexpr u32 PAIRS = 0x33333333u, NIBBLES = 0x0f0f0f0fu;
+  const u32 even0 = choose(PAIRS, v.x, v.y << 2), odd0 = choose(PAIRS, v.x >> 2, v.y);
+  const u32 even1 = choose(PAIRS, v.z, v.w << 2), odd1 = choose(PAIRS, v.z >> 2, v.w);
+  const u32 even02 = choose(NIBBLES, even0, even1 << 4), even13 = choose(NIBBLES, even0 >> 4, even1);  // of words q = 0, 2 and 1, 3
+  const u32 odd02 = choose(NIBBLES, odd0, odd1 << 4), odd13 = choose(NIBBLES, odd0 >> 4, odd1);
+  return make_uint4(__byte_perm(even02, odd02, 0x6240), __byte_perm(even13, odd13, 0x6240), __byte_perm(even02, odd02, 0x7351),
+                    __byte_perm(even13, odd13, 0x7351));
+}
+
 // leader[i]: the first item of item i's expert, among the at_once items that are decoded together.
-extern "C" __global__ void __launch_bounds__(256) find_leaders(const int* n_items, const int* item_expert, int at_once, int* leader) {
+extern "C" __global__ void __launch_bounds__(256) find_leaders(const int* n_items, const int* item_expert, int at_once,
+                                                               int* leader) {
   const int i = blockIdx.x * 8 + (threadIdx.x >> 5), lane = threadIdx.x & 31;
   if (i >= *n_items) return;
   const int expert = item_expert[i];
@@ -290,7 +299,7 @@ decode_digits(const u32* codes, const u64* expert_start, const u32* row_start, c
       for (int block = ahead_of; block < blocks; block += ABREAST) {
         const uint4 v = *from;
         *from = make_uint4(0, 0, 0, 0);
-        *to = v;
+        *to = in_order(v);
         from += ABREAST;
         to += ABREAST * padded;
       }

@@ -33,6 +33,19 @@ __device__ __forceinline__ void copy_to_shared(u32 to, const u8* from, u32 bytes
                :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
+// A barrier that nobody will use again.
+__device__ __forceinline__ void end_barrier(u32 barrier) { asm volatile("mbarrier.inval.shared::cta.b64 [%0];" :: "r"(barrier) : "memory"); }
+
+// Order a copy of 16 bytes into shared memory by this thread: `there` of them, 0 or 16, and zeros.
+__device__ __forceinline__ void copy_16(u32 to, const u8* from, u32 there) {
+  asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" :: "r"(to), "l"(from), "r"(there) : "memory");
+}
+__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most N groups of this thread's copies are under way.
+template <int N> __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
+// Let products that are told of it read what this thread has written.
+__device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 __device__ __forceinline__ u32 load_shared(u32 address) {
   u32 v;
   asm volatile("ld.shared.u32 %0,[%1];" : "=r"(v) : "r"(address));

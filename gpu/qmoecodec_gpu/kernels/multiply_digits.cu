@@ -4,56 +4,74 @@
 //   y[token][row] = sum over columns of level[row][digit[row][column]] * x[token][column]
 //
 // Optimisations:
-//  1. wgmma multiplies: weights from registers, x from shared memory.  The order of columns within a sum is free, so a lane's
-//     word of 16 digits makes its fragments of four steps: digits of one step stand at every eighth bit, shift and mask spread
-//     them, one multiplication makes byte selectors of them, and prmt selects 0, the low or the high level: two 16-bit
-//     numbers at once.  arrange.cu has put x into the same order, in the blocks that wgmma reads.
-//  2. A warp of its own orders stages of 64 columns, digits of up to GROUPS row groups and x of all the item's tokens, by bulk
-//     copies into a ring that is as deep as shared memory allows.  Each warpgroup takes a group of 64 rows, so x passes the L2
-//     cache once for 64 * GROUPS rows; up to 128 tokens share the making of a fragment.
-//  3. Nothing waits for a whole block: warpgroups store their sums from registers and go on.  Another warp has brought what they
+//  1. wgmma multiplies: weights from registers, x from shared memory.  A lane's word of 16 digits holds what it needs of a row and 64
+//     columns, digits of one step of 16 columns at every eighth bit: shift and mask spread them, one multiplication makes byte
+//     selectors of them, and prmt selects 0, the low or the high level, two 16-bit numbers at once.
+//  2. Warps of their own fill a ring of stages of 64 columns, as deep as shared memory allows: one orders the digits of up to
+//     GROUPS row groups, by a bulk copy; two gather x of the item's tokens, 16 bytes per lane and copy, to where wgmma wants them.
+//     Each warpgroup takes a group of 64 rows, so x passes the L2 cache once for 64 * GROUPS rows; up to 128 tokens share the making
+//     of a fragment.
+//  3. The products of QUEUED steps are queued together, and the fragments of the next ones made meanwhile, from words that were read a
+//     stage ahead.
+//  4. Nothing waits for a whole block: warpgroups store their sums from registers and go on.  Another warp has brought what they
 //     need of the next rows and tokens into shared memory by then.
-//  4. All row groups of all items are dealt out evenly: chunks of GROUPS groups in turn, so that neighbours read the same x at the
-//     same time, and what does not make a whole turn in smaller chunks.  There warpgroups without rows of their own share the
-//     columns of others', and their sums are added up in shared memory (SHARE).
+//  5. All row groups of all items are dealt out evenly: chunks of GROUPS groups in turn, so that neighbours read the same x at the
+//     same time, and what does not make a whole turn in smaller chunks.  Warpgroups share the columns of a chunk of one group,
+//     and their sums are added up in shared memory (SHARE, for launches with few rows).
 //
-// Trusts: levels of x's type, finite; x finite.
+// Trusts: levels of x's type, finite; x finite; its rows on 16-byte boundaries, columns a multiple of 8.
 #include "common.cuh"
 #include "hopper.cuh"
 
 #ifndef GROUPS
-#define GROUPS 4       // of 64 rows, one for each warpgroup
+#define GROUPS 3       // of 64 rows, one for each warpgroup
 #endif
 #ifndef SLOTS
 #define SLOTS 11       // stages that the ring holds
 #endif
+#ifndef DEPTH
+#define DEPTH 4        // stages of x that are under way
+#endif
 #ifndef SHARE
-#define SHARE 0        // warpgroups without rows of their own share the columns of others'
+#define SHARE 0        // warpgroups share the columns of chunks of one group
+#endif
+#ifndef SWIZZLED
+#define SWIZZLED 1     // how x lies in a stage (below)
 #endif
 #ifndef SHARED_BASE
 #define SHARED_BASE 1024
 #endif
 
-constexpr int MAX_TOKENS = 128, WARPS = 4 * GROUPS, THREADS = 32 * WARPS + 128;
-// Registers per thread: the block gets THREADS times ENTRY; the warpgroup that orders keeps FEW, the others share the rest.
-#ifdef ENTRY
-#define BOUNDS __maxnreg__(ENTRY)
-#else
-#define BOUNDS __launch_bounds__(THREADS, 1)
-#define ENTRY (65536 / THREADS / 8 * 8)
-#endif
-constexpr int FEW = 32, MANY = (THREADS * ENTRY - 128 * FEW) / (128 * GROUPS) / 8 * 8;
+constexpr int MAX_TOKENS = 128, SUMS = MAX_TOKENS / 2;  // per thread
+constexpr int WARPS = 4 * GROUPS, X_WARPS = 2, THREADS = 32 * WARPS + 128;
+// Registers per thread: the warpgroup that fills the ring keeps FEW, the others share the rest.
+constexpr int FEW = 32, MANY = (65536 / THREADS / 8 * 8 * THREADS - 128 * FEW) / (128 * GROUPS) / 8 * 8;
 constexpr u32 X_BYTES = 128 * MAX_TOKENS, SLOT_BYTES = X_BYTES + 1024 * GROUPS;  // of a stage: x, digits
 constexpr u32 BARRIERS = SHARED_BASE + SLOTS * SLOT_BYTES, EMPTY = 8 * SLOTS;    // full ones, EMPTY further empty ones
+static_assert(SHARED_BASE % 1024 == 0, "what is swizzled lies on such boundaries");
+static_assert(SLOTS > DEPTH + (SHARE ? GROUPS : 2), "a stage is kept until the warpgroup's next one is there, or, not shared, the next but one");
+
+// x in a stage, for each octet of tokens 1024 bytes: the 16 bytes of columns 8 c .. 8 c + 7 of token t at 128 t + 16 (c ^ t), so that
+// neither copies nor products meet in a bank.  (Not SWIZZLED: at 128 c + 16 t.)  DESCRIPTION: of this, for wgmma, without the
+// address; STEP: from one step of 16 columns to the next.  Both in units of 16 bytes.
+#if SWIZZLED
+constexpr u64 DESCRIPTION = (u64)1 << 62 | (u64)64 << 32;
+constexpr u32 STEP = 2;
+__device__ __forceinline__ u32 x_place(u32 t, u32 c) { return 128 * t + 16 * (c ^ t); }
+#else
+constexpr u64 DESCRIPTION = (u64)64 << 32 | 8 << 16;
+constexpr u32 STEP = 16;
+__device__ __forceinline__ u32 x_place(u32 t, u32 c) { return 128 * c + 16 * t; }
+#endif
 
 // What the warpgroups need of a chunk, twice: levels of its rows, tokens (-1 for none) and their scales, and the number of tokens.
 constexpr u32 CHUNK_BARRIERS = BARRIERS + 2 * EMPTY, CHUNK_EMPTY = 16, CHUNKS = (CHUNK_BARRIERS + 32 + 15) / 16 * 16;
 constexpr u32 LEVELS = 0, TOKENS_AT = 256 * GROUPS, SCALES = TOKENS_AT + 4 * MAX_TOKENS, COUNT = SCALES + 4 * MAX_TOKENS;
 constexpr u32 CHUNK_BYTES = COUNT + 16;
-static_assert(!SHARE || SLOTS > GROUPS + 1, "a stage is kept until the warpgroup's next one is there");
-constexpr u32 SUMS = CHUNKS + 2 * CHUNK_BYTES, SUMS_BYTES = SHARE ? 256 * MAX_TOKENS : 0;  // of one warpgroup, to be added
+constexpr u32 PARTS = CHUNKS + 2 * CHUNK_BYTES;  // with SHARE, half of a warpgroup's sums
+static_assert(!SHARE || GROUPS < 4, "only chunks of one group are shared, and by all warpgroups");
 
-extern __shared__ __align__(128) u8 shared[];  // ring, barriers, chunks, sums
+extern __shared__ __align__(1024) u8 shared[];  // ring, barriers, chunks, parts
 
 // A place in the ring; all warps go round it alike.
 struct Place {
@@ -79,7 +97,7 @@ struct ChunkPlace {
   }
 };
 
-// The weights of step `step` (0 to 3) out of a word of 16 digits: digits step, step + 4 to `one`, step + 8, step + 12 to `two`.
+// The weights of step `step` (0 to 3) out of a word of 16 digits (decode_digits.cu): those of two neighbours to `one`, 8 columns on to `two`.
 __device__ __forceinline__ void make_pairs(u32 word, int step, u32 low, u32 high, u32& one, u32& two) {
   const u32 four = word >> (2 * step) & 0x03030303u, select = four * 0x31u;  // digit d: bytes d and 3 d of the two
   one = permute(low, high, select);
@@ -111,14 +129,15 @@ struct Output {
   int relu, rows;
 };
 
-// Store the sums c[TOKENS / 2] of a warpgroup's 64 rows.  at: the chunk's place.  All that this needs is made after the products,
-// which need the registers.
-template <int TOKENS> __device__ __forceinline__ void store(const float* c, u32 at, u32 first_group, const Output& out) {
+// Store the sums of a warpgroup's 64 rows.  at: the chunk's place.  All that this needs is made after the products, which need the
+// registers.
+__device__ __forceinline__ void store(const float* c, u32 octets, u32 at, u32 first_group, const Output& out) {
   hold(at);
   const u32 thread = thread_number(), lane = thread & 31;
   const int row = 64 * (first_group + (thread >> 7)) + 16 * (thread >> 5 & 3) + (lane >> 2);
 #pragma unroll
-  for (int i = 0; i < TOKENS / 2; i += 4)
+  for (int i = 0; i < SUMS; i += 4) {
+    if (i / 4 >= octets) break;
 #pragma unroll
     for (int b = 0; b < 2; b++) {
       const u32 n = 4 * (2 * i + 2 * (lane & 3) + b);
@@ -132,40 +151,49 @@ template <int TOKENS> __device__ __forceinline__ void store(const float* c, u32 
         if (token >= 0 && row + 8 * half < out.rows) y[8 * half] = value;
       }
     }
+  }
 }
 
-// Add the sums of all parts of each of n row groups to those of part 0.  All warpgroups come here, those without a part too.
-template <int TOKENS> __device__ __forceinline__ void add_parts(float* c, u32 n, u32 part, u32 parts) {
-  constexpr int ROUNDS = TOKENS == MAX_TOKENS ? 2 : 1, MANY_SUMS = TOKENS / 2 / ROUNDS;  // so that two row groups find room
-  const u32 thread = thread_number(), to = SUMS + (thread / 128 % n) * (SUMS_BYTES / 2) + thread % 128 * 4;
+// Add the sums of the warpgroups that shared a row group's columns to those of part 0.
+__device__ __forceinline__ void add_parts(float* c, u32 octets, u32 part, u32 parts) {
+  constexpr int AT_ONCE = SUMS / 2;
+  const u32 to = PARTS + thread_number() % 128 * 4;
 #pragma unroll 1
   for (u32 p = 1; p < parts; p++)
 #pragma unroll
-    for (int round = 0; round < ROUNDS; round++) {
+    for (int first = 0; first < SUMS; first += AT_ONCE) {
+      if (first / 4 >= octets) break;
       if (part == p)
 #pragma unroll
-        for (int i = 0; i < MANY_SUMS; i++) store_shared(to + 512 * i, c[round * MANY_SUMS + i]);
+        for (int i = 0; i < AT_ONCE; i++) store_shared(to + 512 * i, c[first + i]);
       meet<1>(128 * GROUPS);
       if (part == 0)
 #pragma unroll
-        for (int i = 0; i < MANY_SUMS; i++) c[round * MANY_SUMS + i] += __uint_as_float(load_shared(to + 512 * i));
+        for (int i = 0; i < AT_ONCE; i++) c[first + i] += __uint_as_float(load_shared(to + 512 * i));
       meet<1>(128 * GROUPS);
     }
 }
 
-// The product of this warpgroup's 64 rows with up to TOKENS tokens, in 8 * octets slots.  low, high: levels of this lane's two
-// rows, as `permute` takes them.  digits: where in a stage this lane's first word stands.
-template <int TOKENS> __device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 digits, int octets, int blocks,
-                                                               Place& place, u32 at, u32 first_group, u32 n, u32 part,
-                                                               u32 parts, const Output& out) {
-  constexpr int QUEUED = TOKENS > 32 ? 1 : 2;  // steps whose products are queued together; registers do not suffice for more
-  const int lane = threadIdx.x & 31;
-  // Blocks of 8 tokens by 8 columns: 128 bytes apart along the tokens, octets * 128 along the columns.
-  const u64 layout = (u64)8 << 32 | (octets * 8) << 16;
-  const u32 step = octets * 16;  // 16-byte units
-  float c[TOKENS / 2];
+// Queue the products of N steps.
+template <int N, int TOKENS> __device__ __forceinline__ void queue(float* c, const u32 (*a)[4], const u64* b) {
+  begin_products();
 #pragma unroll
-  for (int i = 0; i < TOKENS / 2; i++) c[i] = 0.f;
+  for (int k = 0; k < N; k++) wgmma<TOKENS>(c, a[k], b[k]);
+  end_products();
+}
+
+// A stage that is there: its barrier, where its x stands, and this lane's digits of two rows.
+struct Stage { u32 barrier, x, word[2]; };
+
+// The product of this warpgroup's 64 rows with the tokens of `octets`.  low, high: levels of this lane's two rows, as `permute`
+// takes them.  digits: where in a stage this lane's first word stands.
+__device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 digits, u32 octets, int blocks, Place& place, u32 at,
+                                         u32 first_group, u32 part, u32 parts, const Output& out) {
+  constexpr int QUEUED = GROUPS > 3 ? 2 : 4;  // steps; registers do not suffice for more
+  const int lane = threadIdx.x & 31;
+  float c[SUMS];
+#pragma unroll
+  for (int i = 0; i < SUMS; i++) c[i] = 0.f;
   u32 a[2][QUEUED][4];
   u32 before = 0;  // the barrier of the stage before
   auto pass = [&](u32 stages) {  // other warpgroups' stages
@@ -176,56 +204,81 @@ template <int TOKENS> __device__ __forceinline__ void multiply(const u32* low, c
       place.next();
     }
   };
-  pass(min(part, (u32)blocks));
-#pragma unroll 1
-  for (int block = part; block < blocks; block += SHARE ? parts : 1) {
+  auto take = [&] {
     wait_barrier(place.full(), place.parity);
-    const u32 word[2] = {load_shared(place.x() + digits), load_shared(place.x() + digits + 128)};
-    const u32 operand = place.x() / 16;
+    const Stage stage{place.full(), place.x(), {load_shared(place.x() + digits), load_shared(place.x() + digits + 128)}};
+    place.next();
+    return stage;
+  };
+  Stage next{};
+  int block = part;
+  auto work = [&](int buffer) {
+    const Stage stage = next;
+    if (!SHARE && block + 1 < blocks) next = take();
 #pragma unroll
     for (int s = 0; s < 4; s += QUEUED) {
-      u32(*const here)[4] = a[s / QUEUED & 1];
+      u32(*const here)[4] = a[(s / QUEUED + buffer) & 1];
       u64 b[QUEUED];
 #pragma unroll
       for (int k = 0; k < QUEUED; k++) {
 #pragma unroll
-        for (int i = 0; i < 2; i++) make_pairs(word[i], s + k, low[i], high[i], here[k][i], here[k][2 + i]);
-        b[k] = layout | (operand + (s + k) * step);
+        for (int i = 0; i < 2; i++) make_pairs(stage.word[i], s + k, low[i], high[i], here[k][i], here[k][2 + i]);
+        b[k] = DESCRIPTION | (stage.x / 16 + (s + k) * STEP);
       }
 #pragma unroll
       for (int k = 0; k < QUEUED; k++) hold(here[k], b[k]);
-      begin_products();
-#pragma unroll
-      for (int k = 0; k < QUEUED; k++) wgmma<TOKENS>(c, here[k], b[k]);
-      end_products();
+      // One place for each number of tokens, and so the same registers.  Fewer than 32 would take no less time.
+      if (octets <= 4) queue<QUEUED, 32>(c, here, b);
+      else if (octets <= 8) queue<QUEUED, 64>(c, here, b);
+      else queue<QUEUED, 128>(c, here, b);
       wait_products<1>();
       if (s == 0 && before && lane == 0) arrive(before + EMPTY);
     }
-    before = place.full();
-    place.next();
-    pass(min(parts, blocks - block) - 1);
+    before = stage.barrier;
+    if (SHARE) {
+      pass(min(parts, blocks - block) - 1);
+      if (block + (int)parts < blocks) next = take();
+    }
+    block += SHARE ? parts : 1;
+  };
+  pass(min(part, (u32)blocks));
+  if (block < blocks) next = take();
+#pragma unroll 1
+  while (block < blocks) {
+    work(0);
+    if (QUEUED < 4) continue;
+    if (block >= blocks) break;
+    work(1);
   }
   wait_products<0>();
 #pragma unroll
-  for (int i = 0; i < TOKENS / 2; i++) hold(c[i]);
+  for (int i = 0; i < SUMS; i++) hold(c[i]);
   if (before && lane == 0) arrive(before + EMPTY);
-  if (SHARE && parts > 1) add_parts<TOKENS>(c, n, part, parts);
-  if (part == 0) store<TOKENS>(c, at, first_group, out);
+  if (SHARE && parts > 1) add_parts(c, octets, part, parts);
+  if (part == 0) store(c, octets, at, first_group, out);
+}
+
+// Barriers are no longer used by any warp: leave none behind.
+__device__ __forceinline__ void end_barriers() {
+  __syncwarp();
+  meet<2>(THREADS);
+  if (threadIdx.x < 2 * SLOTS) end_barrier(BARRIERS + 8 * threadIdx.x);
+  else if (threadIdx.x < 2 * SLOTS + 4) end_barrier(CHUNK_BARRIERS + 8 * (threadIdx.x - 2 * SLOTS));
 }
 
 // Items first_item to first_item + max_items - 1, as far as there are; digits: their leaders', as decode_digits.cu leaves them,
 // item_bytes from one item to the next; where `leader` is null, the first item leads all.
-// item_first, item_count: the places of an item's tokens in slot_token (route.cu); x as arrange.cu leaves it.
-extern "C" __global__ void BOUNDS
-multiply_digits(const u8* digits, const u32* levels, const u8* x, u16* y, i64 y_stride, const float* scale, int relu, int rows,
-                int cols, const int* n_items, const int* item_expert, const int* item_first, const int* item_count,
+// item_first, item_count: the places of an item's tokens in slot_token (route.cu).
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, u16* y, i64 y_stride, const float* scale, int relu,
+                int rows, int cols, const int* n_items, const int* item_expert, const int* item_first, const int* item_count,
                 const int* slot_token, const int* leader, int first_item, int max_items, i64 item_bytes) {
   if ((u32)__cvta_generic_to_shared(shared) != SHARED_BASE) __trap();
   const int warp = __shfl_sync(FULL_WARP, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;  // known to be the same in all lanes
   const int blocks = (cols + 63) / 64;
   const u32 per_item = (rows + 63) / 64, total = per_item * max(0, min(*n_items - first_item, max_items));
-  if (threadIdx.x < 2 * SLOTS) init_barrier(BARRIERS + 8 * threadIdx.x, threadIdx.x < SLOTS ? 1 : WARPS);
-  if (threadIdx.x < 4) init_barrier(CHUNK_BARRIERS + 8 * threadIdx.x, threadIdx.x < 2 ? 32 : WARPS);
+  if (threadIdx.x < 2 * SLOTS) init_barrier(BARRIERS + 8 * threadIdx.x, threadIdx.x < SLOTS ? X_WARPS + 1 : WARPS);
+  if (threadIdx.x < 4) init_barrier(CHUNK_BARRIERS + 8 * threadIdx.x, threadIdx.x < 2 ? 32 : WARPS + X_WARPS);
   publish_barriers();
   __syncthreads();
 
@@ -237,23 +290,59 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, u16* y, i64 y_
     item_count += first_item;
     item_expert += first_item;
     if (leader) leader += first_item;
-    if (warp == WARPS && lane == 0) {
-      for_chunks(total, per_item, [&](const Chunk& chunk) {
-        const u32 x_bytes = (item_count[chunk.item] + 7) / 8 * 1024, digit_bytes = chunk.n * 1024;
-        const u8* from_x = x + (u64)item_first[chunk.item] * blocks * 128;
-        const u8* from_digits = digits + (leader ? leader[chunk.item] - first_item : 0) * item_bytes + (u64)chunk.group * 1024;
+    if (warp < WARPS + X_WARPS) {
+      // Eight lanes bring 128 bytes of a token; `arrived` is the first stage whose x is not known to be there.
+      const u32 thread = threadIdx.x - 32 * WARPS, c = thread & 7, t = thread >> 3, to = x_place(t, c);
+      static_assert(X_WARPS == 2, "eight tokens at a time");
+      Place arrived = place;
+      auto announce = [&] {
+        show_to_products();
+        __syncwarp();
+        if (lane == 0) arrive(arrived.full());
+        arrived.next();
+      };
+      for_chunks(total, per_item, [&](const Chunk&) {
+        wait_barrier(about.full(), about.parity);
+        const u32 octets = (load_shared(about.at() + COUNT) + 7) / 8;
+        const u8* from = x + 16 * c;
 #pragma unroll 1
         for (int block = 0; block < blocks; block++) {
           wait_barrier(place.full() + EMPTY, place.parity ^ 1);
-          arrive_and_expect(place.full(), x_bytes + digit_bytes);
-          copy_to_shared(place.x() + X_BYTES, from_digits, digit_bytes, place.full());
-          copy_to_shared(place.x(), from_x, x_bytes, place.full());
-          from_x += x_bytes;
-          from_digits += per_item * 1024;
+          const u32 there = 64 * block + 8 * c < cols ? 16 : 0;
+#pragma unroll 4
+          for (u32 i = 0; i < octets; i++) {
+            const int token = (int)load_shared(about.at() + TOKENS_AT + 32 * i + 4 * t);
+            if (token >= 0) copy_16(place.x() + 1024 * i + to, from + (u64)(u32)token * (u32)x_stride, there);
+          }
+          end_copies();
+          if (block >= DEPTH) {
+            wait_copies<DEPTH>();
+            announce();
+          }
           place.next();
+          from += 128;
         }
+        wait_copies<0>();
+#pragma unroll 1
+        for (int block = max(0, blocks - DEPTH); block < blocks; block++) announce();
+        if (lane == 0) arrive(about.full() + CHUNK_EMPTY);
+        about.next();
       });
-    } else if (warp == WARPS + 1) {
+    } else if (warp == WARPS + X_WARPS) {
+      if (lane == 0)
+        for_chunks(total, per_item, [&](const Chunk& chunk) {
+          const u32 bytes = chunk.n * 1024;
+          const u8* from = digits + (leader ? leader[chunk.item] - first_item : 0) * item_bytes + (u64)chunk.group * 1024;
+#pragma unroll 1
+          for (int block = 0; block < blocks; block++) {
+            wait_barrier(place.full() + EMPTY, place.parity ^ 1);
+            arrive_and_expect(place.full(), bytes);
+            copy_to_shared(place.x() + X_BYTES, from, bytes, place.full());
+            from += per_item * 1024;
+            place.next();
+          }
+        });
+    } else {
       for_chunks(total, per_item, [&](const Chunk& chunk) {
         const int expert = item_expert[chunk.item], n_tokens = item_count[chunk.item];
         const int* const tokens = slot_token + item_first[chunk.item];
@@ -275,6 +364,7 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, u16* y, i64 y_
         about.next();
       });
     }
+    end_barriers();
   } else {
     take_registers<MANY>();
     const Output out{y, y_stride, relu, rows};
@@ -290,12 +380,8 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, u16* y, i64 y_
           low[i] = (pair << 8 & 0xff00u) | (pair & 0xff0000u) | (pair << 16 & 0xff000000u);
           high[i] = pair >> 8 & 0xff0000u;
         }
-        const int octets = (load_shared(about.at() + COUNT) + 7) / 8;
-        const u32 words = X_BYTES + 16 * in_chunk + 4 * (lane & 3);
-        // Fewer tokens than 32 take no less time: it is the fragments that do.
-        if (octets <= 4) multiply<32>(low, high, words, octets, blocks, place, about.at(), chunk.group, chunk.n, part, parts, out);
-        else if (octets <= 8) multiply<64>(low, high, words, octets, blocks, place, about.at(), chunk.group, chunk.n, part, parts, out);
-        else multiply<128>(low, high, words, octets, blocks, place, about.at(), chunk.group, chunk.n, part, parts, out);
+        const u32 octets = (load_shared(about.at() + COUNT) + 7) / 8, words = X_BYTES + 16 * in_chunk + 4 * (lane & 3);
+        multiply(low, high, words, octets, blocks, place, about.at(), chunk.group, part, parts, out);
       } else {
 #pragma unroll 1
         for (int block = 0; block < blocks; block++) {
@@ -308,5 +394,6 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, u16* y, i64 y_
       if (lane == 0) arrive(about.full() + CHUNK_EMPTY);
       about.next();
     });
+    end_barriers();
   }
 }

@@ -83,12 +83,12 @@ struct Meeting {
   }
 };
 static std::vector<Meeting> warps, warpgroups;
-static Meeting block, part_of_block;
+static Meeting block, named[16];
 
 static const uint64_t* meet_warp(uint64_t mine) { return warps[current / 32].meet(current % 32, 32, mine); }
 static void __syncthreads() { block.meet(current, blockDim.x, 0); }
 static void __syncwarp() { meet_warp(0); }
-template <int N> void meet(unsigned threads) { part_of_block.meet(current, threads, 0); }  // the first ones of the block
+template <int N> void meet(unsigned threads) { named[N].meet(current, threads, 0); }  // the first ones of the block
 
 template <class T> T __shfl_sync(unsigned, T v, int from, int width = 32) {
   const int lane = current % 32;
@@ -205,6 +205,44 @@ static void do_some_copy() {
   settle(b);
 }
 
+static void end_barrier(unsigned address) {
+  const Barrier& b = barrier_at(address);
+  if (b.left != b.arrivals || b.bytes) fail("a barrier ends amid a phase");
+  barriers.erase(address);
+}
+
+// Copies of single threads, and what products have not been told of: by 16 bytes, the thread that wrote them, and 1.
+struct Piece { unsigned to; const unsigned char* from; bool done; };
+static std::vector<std::vector<std::vector<Piece>>> pieces;  // by thread and group; the last one is open
+static std::vector<unsigned> untold;
+static void copy_now(unsigned thread, Piece& piece) {
+  if (piece.done) return;
+  piece.done = true;
+  unsigned char* to = shared_at(piece.to, 16);
+  if (piece.from) memcpy(to, piece.from, 16);
+  else memset(to, 0, 16);
+  untold[(to - shared) / 16] = thread + 1;
+}
+static void copy_16(unsigned to, const unsigned char* from, unsigned there) {
+  if (to % 16 || (there && (uintptr_t)from % 16)) fail("a copy is not on 16-byte boundaries");
+  if (there != 0 && there != 16) fail("a copy of neither 0 nor 16 bytes");
+  memset(shared_at(to, 16), 0xff, 16);  // undefined until it is there
+  pieces[current].back().push_back(Piece{to, there ? from : nullptr, false});
+  if (dice() % 8 == 0) copy_now(current, pieces[current].back().back());
+}
+static void end_copies() { pieces[current].emplace_back(); }
+template <int N> void wait_copies() {
+  auto& mine = pieces[current];
+  while (mine.size() > N + 1) {
+    for (Piece& piece : mine[0]) copy_now(current, piece);
+    mine.erase(mine.begin());
+  }
+}
+static void show_to_products() {
+  for (unsigned& thread : untold)
+    if (thread == current + 1) thread = 0;
+}
+
 static unsigned load_shared(unsigned address) { unsigned v; memcpy(&v, shared_at(address, 4), 4); return v; }
 static void store_shared(unsigned address, float v) { memcpy(shared_at(address, 4), &v, 4); }
 static unsigned thread_number() { return current; }
@@ -233,11 +271,14 @@ static double sixteen_bits(unsigned short v) {
 #endif
 }
 
-// wgmma m64nNk16: this thread's part of one product, from the fragments of its warp's lanes and x in core matrices of 8 x 8.
+// wgmma m64nNk16: this thread's part of one product, from the fragments of its warp's lanes and x in core matrices of 8 x 8, or
+// in swizzled rows of 128 bytes.
 static void multiply_now(size_t group, size_t place) {
   const Product& p = groups[current][group][place];
   const unsigned lane = current % 32, first = current - lane, g = lane / 4, t = lane % 4;
   const unsigned start = (p.b & 0x3fff) * 16, along_k = (p.b >> 16 & 0x3fff) * 16, along_n = (p.b >> 32 & 0x3fff) * 16;
+  const bool swizzled = p.b >> 62 == 1;
+  if (p.b >> 62 > 1 || (swizzled && (along_n != 1024 || start % 1024 >= 128))) fail("no such layout");
   double a[2][16];
   for (unsigned k = 0; k < 16; k++)
     for (unsigned half = 0; half < 2; half++) {
@@ -250,7 +291,12 @@ static void multiply_now(size_t group, size_t place) {
     double sum = p.c[i];
     for (unsigned k = 0; k < 16; k++) {
       unsigned short x;
-      memcpy(&x, shared_at(start + k / 8 * along_k + n / 8 * along_n + n % 8 * 16 + k % 8 * 2, 2), 2);
+      unsigned address = start + n / 8 * along_n;
+      if (swizzled) address += n % 8 * 128 + k * 2, address ^= address >> 3 & 0x70;
+      else address += k / 8 * along_k + n % 8 * 16 + k % 8 * 2;
+      const unsigned char* const at = shared_at(address, 2);
+      if (untold[(at - shared) / 16]) fail("a product reads what it was not told of");
+      memcpy(&x, at, 2);
       if (a[half][k] != 0 || x) sum += a[half][k] * sixteen_bits(x);
     }
     p.c[i] = (float)sum;
@@ -301,8 +347,11 @@ static void run_grid(unsigned grid_x, unsigned grid_y, unsigned threads, unsigne
       barriers.clear();
       warps.assign((threads + 31) / 32, Meeting());
       warpgroups.assign((threads + 127) / 128, Meeting());
-      block = part_of_block = Meeting();
+      block = Meeting();
+      for (Meeting& meeting : named) meeting = Meeting();
       groups.assign(threads, {{}});
+      pieces.assign(threads, {{}});
+      untold.assign(MOST_SHARED / 16, 0);
       for (Fiber& f : fibers) {
         f.stack.resize(1 << 16);
         f.done = false;
@@ -331,6 +380,9 @@ static void run_grid(unsigned grid_x, unsigned grid_y, unsigned threads, unsigne
         if (idle > 200) fail("nobody gets on");
       }
       if (!copies.empty()) fail("a copy nobody waited for");
+      if (!barriers.empty()) fail("a barrier is left");
+      for (const auto& thread : pieces)
+        if (thread.size() > 1 || !thread[0].empty()) fail("a thread's copy nobody waited for");
     }
 }
 
