@@ -5,6 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+import qmoecodec
+
 torch = pytest.importorskip("torch", reason="needs torch")
 pytest.importorskip("cupy", reason="needs CuPy")
 pytestmark = pytest.mark.gpu
@@ -20,75 +22,119 @@ def hopper():
     return gpu
 
 
-def multiply_and_compare(experts, data, counts, dtype, rng, options, **launch):
+def multiply_and_compare(experts, data, counts, dtype, rng, *, dropped=False, relu=False, scale=False, **launch):
     """Route tokens at random, multiply large and small items, and compare with float64."""
     from qmoecodec_gpu import digits, matvec, plan
 
     n_experts, rows, cols = experts.shape
     dense = torch.from_numpy(data.dense()).cuda()
     for n in counts:
-        numbers = torch.from_numpy(rng.integers(n_experts, size=n)).cuda()
+        numbers = torch.from_numpy(rng.integers(-1 if dropped else 0, n_experts, size=n)).cuda()
         x = torch.randn(n, cols, device="cuda").to(dtype)
+        factors = torch.rand(n, device="cuda") + 0.5 if scale else None
         items = matvec.route(numbers, n_experts=n_experts, largest=plan.DIGITS_TOKENS)
+        assert items.max_large and digits.fits(experts, x)
         y = torch.full((n, rows), float("nan"), device="cuda", dtype=dtype)
-        matvec._launch(experts, items, x, y)
-        if items.max_large:
-            at_once = min(options.at_once or items.max_large, items.max_large)
-            parts = min(2, -(-items.max_large // at_once))
-            scratch = torch.full((parts * digits.scratch_bytes(experts, at_once),), 0xFF, dtype=torch.uint8, device="cuda")
-            digits.launch(experts, items, x, y, scratch=scratch, options=options, **launch)
-        exact = torch.einsum("trc,tc->tr", dense[numbers], x.double())
-        bound = 2.0**-8 * exact.abs() + 1e-5 * torch.einsum("trc,tc->tr", dense[numbers].abs(), x.double().abs()) + 1e-6
+        matvec._launch(experts, items, x, y, relu=relu, scale=factors)
+        digits.launch(experts, items, x, y, relu=relu, scale=factors, **launch)
+        of_expert = dense[numbers.clamp(min=0)] * (numbers >= 0)[:, None, None]
+        exact = torch.einsum("trc,tc->tr", of_expert, x.double())
+        bound = 2.0**-8 * exact.abs() + 1e-5 * torch.einsum("trc,tc->tr", of_expert.abs(), x.double().abs()) + 1e-6
+        if relu:
+            exact = exact.clamp(min=0)
+        if scale:
+            exact, bound = exact * factors[:, None], bound * factors[:, None]
         assert bool(((y.double() - exact).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["8 bit, .885", "8 bit, 1/3", "8 bit, table"])
 def test_shapes(case, bank, guarded, hopper, name, dtype):
-    """Every number of octets, row groups and blocks that are not whole."""
-    from qmoecodec_gpu import digits
-
+    """Every number of octets, row groups and blocks that are not whole, rows of x on no boundary."""
     rng = np.random.default_rng(61)
-    for shape, counts in (((2, 140, 1031), (9, 33, 64, 130, 300)), ((1, 5000, 72), (12, 100)), ((1, 130, 9001), (40, 128))):
+    few = ((1, 5000, 72), (12, 100)), ((1, 130, 9001), (40, 128)), ((1, 64, 8), (9,))
+    for shape, counts in (((2, 140, 1031), (9, 33, 64, 130, 300)), *few):
         data = case(shape, 0.8, bank[name](), rng)
         experts = hopper.experts.load(data.encoded, torch.from_numpy(data.levels).to(dtype))
-        multiply_and_compare(experts, data, counts, dtype, rng, digits.Options())
+        multiply_and_compare(experts, data, counts, dtype, rng)
     assert guarded.count("multiply_digits") >= 7
 
 
-@pytest.mark.parametrize(
-    "which", ["groups 2", "groups 3", "share", "plain", "8x2", "rows 4", "rows 1", "at once", "fork", "beside"]
-)
+@pytest.mark.parametrize("which", ["groups 2", "groups 3", "groups 4", "share", "short", "rows 1", "16x1"])
 def test_forms(case, bank, hopper, which):
-    """The forms that measurements choose among."""
+    """Every number of row groups, whatever the shape would choose; short rings; the decoder's forms."""
     from qmoecodec_gpu import digits
 
     options = {
-        "groups 2": digits.Options(groups=2),
-        "groups 3": digits.Options(groups=3),
-        "share": digits.Options(share=True),
-        "plain": digits.Options(is_guarded=False),
-        "8x2": digits.Options(warps=8, blocks=2),
-        "rows 4": digits.Options(rows=4, warps=24),
-        "rows 1": digits.Options(rows=1, share=True),
-        "at once": digits.Options(at_once=2),
-        "fork": digits.Options(fork=True),
-        "beside": dataclasses.replace(digits.BESIDE, at_once=2),
+        "groups 2": digits.Options(groups=2, share=False),
+        "groups 3": digits.Options(groups=3, share=False),
+        "groups 4": digits.Options(groups=4),
+        "share": digits.Options(groups=3, share=True),
+        "short": digits.Options(groups=3, share=False, slots=4),
+        "rows 1": digits.Options(rows=1),
+        "16x1": digits.Options(rows=8, warps=16, blocks=1),
     }[which]
     rng = np.random.default_rng(62)
     for shape, counts in (((5, 333, 520), (200, 700)), ((2, 2080, 6144), (40, 300))):
         data = case(shape, 0.885, bank["8 bit, .885"](), rng)
         experts = hopper.experts.load(data.encoded, torch.from_numpy(data.levels).bfloat16())
         for _ in range(3):  # a race may need a few
-            multiply_and_compare(experts, data, counts, torch.bfloat16, rng, options)
+            multiply_and_compare(experts, data, counts, torch.bfloat16, rng, options=options)
+
+
+def test_parts(case, bank, guarded, hopper, monkeypatch):
+    """Items in parts, of which an expert's may fall into two; tokens that are dropped; relu and scales."""
+    from qmoecodec_gpu import digits
+
+    monkeypatch.setattr(digits, "SCRATCH_BYTES", 3 * 6 * 11 * 1024)
+    rng = np.random.default_rng(64)
+    data = case((7, 333, 700), 0.885, bank["8 bit, .885"](), rng)
+    experts = hopper.experts.load(data.encoded, torch.from_numpy(data.levels).bfloat16())
+    multiply_and_compare(experts, data, (300, 1500), torch.bfloat16, rng, dropped=True, relu=True, scale=True)
+    assert guarded.count("multiply_digits") > 4
+
+
+def test_dictionaries(case, bank, hopper):
+    """Experts of several dictionaries."""
+    rng = np.random.default_rng(65)
+    several = [bank[name]() for name in ("8 bit, .80", "8 bit, .95")]
+    parts = [case((1, 200, 520), p, several, rng) for p in (0.8, 0.95, 0.82, 0.96, 0.81)]
+    digits, levels = (np.concatenate([getattr(p, name) for p in parts]) for name in ("digits", "levels"))
+    data = dataclasses.replace(parts[0], digits=digits, levels=levels, encoded=qmoecodec.encode(digits, dictionary=several))
+    assert len(set(data.encoded.dictionary_index.tolist())) == 2
+    experts = hopper.experts.load(data.encoded, torch.from_numpy(data.levels).bfloat16())
+    multiply_and_compare(experts, data, (100, 400), torch.bfloat16, rng)
 
 
 def test_one_expert(case, bank, guarded, hopper):
     """Several items of one expert, which is decoded once."""
-    from qmoecodec_gpu import digits
-
     rng = np.random.default_rng(63)
     data = case((1, 300, 700), 0.885, bank["8 bit, .885"](), rng)
     experts = hopper.experts.load(data.encoded, torch.from_numpy(data.levels).bfloat16())
-    options = digits.Options(share=True, rows=1)
-    multiply_and_compare(experts, data, (128, 384, 640), torch.bfloat16, rng, options, is_one_expert=True)
+    multiply_and_compare(experts, data, (128, 384, 640), torch.bfloat16, rng, is_one_expert=True)
+
+
+def test_graph(case, bank, hopper):
+    """A launch is captured, scratch, padded x and all, and replayed with other tokens."""
+    from qmoecodec_gpu import digits, matvec, plan
+
+    rng = np.random.default_rng(66)
+    data = case((3, 140, 1031), 0.885, bank["8 bit, .885"](), rng)
+    experts = hopper.experts.load(data.encoded, torch.from_numpy(data.levels).bfloat16())
+    dense = torch.from_numpy(data.dense()).cuda()
+    numbers = torch.arange(3, device="cuda").repeat_interleave(40)
+    x = torch.randn(120, 1031, device="cuda").bfloat16()
+    y = torch.empty(120, 140, device="cuda", dtype=torch.bfloat16)
+    items = matvec.route(numbers, n_experts=3, largest=plan.DIGITS_TOKENS)
+    digits.launch(experts, items, x, y)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        digits.launch(experts, items, x, y)
+    for _ in range(2):
+        x.copy_(torch.randn(120, 1031, device="cuda"))
+        y.fill_(float("nan"))
+        graph.replay()
+        exact = torch.einsum("trc,tc->tr", dense[numbers], x.double())
+        bound = 2.0**-8 * exact.abs() + 1e-5 * torch.einsum("trc,tc->tr", dense[numbers].abs(), x.double().abs()) + 1e-6
+        assert bool(((y.double() - exact).abs() <= bound).all())

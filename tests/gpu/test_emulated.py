@@ -58,7 +58,7 @@ def expected_digits(digits, padded, blocks):
     rows, cols = digits.shape
     two = np.zeros((padded, blocks * 64), np.uint32)
     two[:rows, :cols] = np.where(digits < 0, 1, np.where(digits > 0, 2, 0))
-    s, h, q, bit = np.meshgrid(*(np.arange(n, dtype=np.uint32) for n in (4, 2, 4, 2)), indexing="ij")
+    s, h, _, bit = np.meshgrid(*(np.arange(n, dtype=np.uint32) for n in (4, 2, 4, 2)), indexing="ij")
     two = two.reshape(padded, blocks, 4, 2, 4, 2) << (8 * (2 * h + bit) + 2 * s)
     return two.sum((2, 3, 5)).astype(np.uint32).transpose(1, 0, 2)
 
