@@ -26,6 +26,7 @@ class Options:
     slots, depth : stages of the ring, and of x under way
     rows, warps, blocks : of the decoder, per warp, per block and per multiprocessor
     swizzled : x lies in shared memory so that nothing meets in a bank
+    readers_fence : those who multiply see to it that they see x
     """
 
     groups: int = 0
@@ -36,6 +37,7 @@ class Options:
     warps: int = 8
     blocks: int = 2
     swizzled: bool = True
+    readers_fence: bool = False
 
 
 _DEFAULT: Final = Options()
@@ -128,7 +130,7 @@ def launch(
     n_multiprocessors = modules.n_multiprocessors(device)
     base = {"SHARED_BASE": modules.shared_base(device)}
     decoder = modules.function(device, "decode_digits.cu", "decode_digits", decode.macros() | base)
-    macros = multiply.macros(is_f16=x.dtype == torch.float16) | base | {"SWIZZLED": int(options.swizzled)}
+    macros = multiply.macros(is_f16=x.dtype == torch.float16) | base | {"SWIZZLED": int(options.swizzled), "READERS_FENCE": int(options.readers_fence)}
     multiplier = modules.function(device, "multiply_digits.cu", "multiply_digits", macros)
     leader = None
     if not is_one_expert:

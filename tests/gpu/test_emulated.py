@@ -222,7 +222,7 @@ def test_shared_columns(run, bank, groups, cols):
     """Warpgroups share columns of chunks of one group; fewer blocks than warpgroups; one expert, decoded once."""
     from qmoecodec_gpu import digits
 
-    options = digits.Options(groups=groups, share=True, slots=groups + 2, rows=2)
+    options = digits.Options(groups=groups, share=True, slots=groups + 2, rows=2, readers_fence=groups == 3)
     rng = np.random.default_rng(54)
     for counts in ((40,), (30, 9), (128, 20, 64)):
         run(rng, (1, 170, cols), counts, dictionary=bank["8 bit, .885"](), options=options, one=True)

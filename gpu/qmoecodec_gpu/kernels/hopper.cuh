@@ -36,9 +36,14 @@ __device__ __forceinline__ void copy_to_shared(u32 to, const u8* from, u32 bytes
 // A barrier that nobody will use again.
 __device__ __forceinline__ void end_barrier(u32 barrier) { asm volatile("mbarrier.inval.shared::cta.b64 [%0];" :: "r"(barrier) : "memory"); }
 
-// Order a copy of 16 bytes into shared memory by this thread: `there` of them, 0 or 16, and zeros.
-__device__ __forceinline__ void copy_16(u32 to, const u8* from, u32 there) {
-  asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" :: "r"(to), "l"(from), "r"(there) : "memory");
+// Order a copy of 16 bytes of row `row` into shared memory by this thread: `there` of them, 0 or 16, and zeros.  from: where row 0
+// has them; stride: bytes from one row to the next.
+__device__ __forceinline__ void copy_16(u32 to, const u8* from, u32 row, u32 stride, u32 there) {
+  asm volatile("{.reg .u64 p; mad.wide.u32 p,%2,%3,%1; cp.async.cg.shared.global [%0],[p],16,%4;}"
+               :: "r"(to), "l"(from), "r"(row), "r"(stride), "r"(there) : "memory");
+}
+__device__ __forceinline__ void arrive_when_copied(u32 barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(barrier) : "memory");
 }
 __device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most N groups of this thread's copies are under way.

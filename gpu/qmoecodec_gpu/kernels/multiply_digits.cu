@@ -38,6 +38,9 @@
 #ifndef SWIZZLED
 #define SWIZZLED 1     // how x lies in a stage (below)
 #endif
+#ifndef READERS_FENCE
+#define READERS_FENCE 0
+#endif
 #ifndef SHARED_BASE
 #define SHARED_BASE 1024
 #endif
@@ -206,6 +209,7 @@ __device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 di
   };
   auto take = [&] {
     wait_barrier(place.full(), place.parity);
+    if (READERS_FENCE) show_to_products();
     const Stage stage{place.full(), place.x(), {load_shared(place.x() + digits), load_shared(place.x() + digits + 128)}};
     place.next();
     return stage;
@@ -277,7 +281,7 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
   const int warp = __shfl_sync(FULL_WARP, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;  // known to be the same in all lanes
   const int blocks = (cols + 63) / 64;
   const u32 per_item = (rows + 63) / 64, total = per_item * max(0, min(*n_items - first_item, max_items));
-  if (threadIdx.x < 2 * SLOTS) init_barrier(BARRIERS + 8 * threadIdx.x, threadIdx.x < SLOTS ? X_WARPS + 1 : WARPS);
+  if (threadIdx.x < 2 * SLOTS) init_barrier(BARRIERS + 8 * threadIdx.x, threadIdx.x < SLOTS ? X_WARPS * (READERS_FENCE ? 32 : 1) + 1 : WARPS);
   if (threadIdx.x < 4) init_barrier(CHUNK_BARRIERS + 8 * threadIdx.x, threadIdx.x < 2 ? 32 : WARPS + X_WARPS);
   publish_barriers();
   __syncthreads();
@@ -292,7 +296,7 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
     if (leader) leader += first_item;
     if (warp < WARPS + X_WARPS) {
       // Eight lanes bring 128 bytes of a token; `arrived` is the first stage whose x is not known to be there.
-      const u32 thread = threadIdx.x - 32 * WARPS, c = thread & 7, t = thread >> 3, to = x_place(t, c);
+      const u32 thread = threadIdx.x - 32 * WARPS, c = thread & 7, t = thread >> 3, to = x_place(t, c), stride = (u32)x_stride;
       static_assert(X_WARPS == 2, "eight tokens at a time");
       Place arrived = place;
       auto announce = [&] {
@@ -304,27 +308,39 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
       for_chunks(total, per_item, [&](const Chunk&) {
         wait_barrier(about.full(), about.parity);
         const u32 octets = (load_shared(about.at() + COUNT) + 7) / 8;
+        const u32 tokens = about.at() + TOKENS_AT + 4 * t;
         const u8* from = x + 16 * c;
 #pragma unroll 1
         for (int block = 0; block < blocks; block++) {
           wait_barrier(place.full() + EMPTY, place.parity ^ 1);
           const u32 there = 64 * block + 8 * c < cols ? 16 : 0;
-#pragma unroll 4
-          for (u32 i = 0; i < octets; i++) {
-            const int token = (int)load_shared(about.at() + TOKENS_AT + 32 * i + 4 * t);
-            if (token >= 0) copy_16(place.x() + 1024 * i + to, from + (u64)(u32)token * (u32)x_stride, there);
+          const u32 stage = place.x() + to;
+#pragma unroll 1
+          for (u32 i = 0; i < octets; i += 4) {  // beyond the tokens there are none, as is said there
+            int token[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++) token[k] = (int)load_shared(tokens + 32 * (i + k));
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+              if (token[k] >= 0) copy_16(stage + 1024 * (i + k), from, token[k], stride, there);
           }
+#if READERS_FENCE
+          arrive_when_copied(place.full());
+#else
           end_copies();
           if (block >= DEPTH) {
             wait_copies<DEPTH>();
             announce();
           }
+#endif
           place.next();
           from += 128;
         }
+#if !READERS_FENCE
         wait_copies<0>();
 #pragma unroll 1
         for (int block = max(0, blocks - DEPTH); block < blocks; block++) announce();
+#endif
         if (lane == 0) arrive(about.full() + CHUNK_EMPTY);
         about.next();
       });

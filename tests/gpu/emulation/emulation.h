@@ -145,6 +145,9 @@ static unsigned short emulated_bfloat16(float f) {
 static uint64_t __cvta_generic_to_shared(const void* p) { return (const unsigned char*)p - shared + SHARED_BASE; }
 static void __trap() { fail("trap"); }
 
+#ifndef READERS_FENCE
+#define READERS_FENCE 0
+#endif
 static unsigned char* shared_at(unsigned address, unsigned bytes) {
   if (address < SHARED_BASE || address - SHARED_BASE + bytes > shared_size || address % (bytes < 16 ? bytes : 16)) fail("bad address in shared memory");
   return shared + (address - SHARED_BASE);
@@ -223,7 +226,8 @@ static void copy_now(unsigned thread, Piece& piece) {
   else memset(to, 0, 16);
   untold[(to - shared) / 16] = thread + 1;
 }
-static void copy_16(unsigned to, const unsigned char* from, unsigned there) {
+static void copy_16(unsigned to, const unsigned char* from, unsigned row, unsigned stride, unsigned there) {
+  from += (uint64_t)row * stride;
   if (to % 16 || (there && (uintptr_t)from % 16)) fail("a copy is not on 16-byte boundaries");
   if (there != 0 && there != 16) fail("a copy of neither 0 nor 16 bytes");
   memset(shared_at(to, 16), 0xff, 16);  // undefined until it is there
@@ -240,7 +244,12 @@ template <int N> void wait_copies() {
 }
 static void show_to_products() {
   for (unsigned& thread : untold)
-    if (thread == current + 1) thread = 0;
+    if (thread == current + 1 || READERS_FENCE) thread = 0;
+}
+static void arrive_when_copied(unsigned barrier) {
+  for (Piece& piece : pieces[current].back()) copy_now(current, piece);
+  pieces[current].back().clear();
+  arrive(barrier);
 }
 
 static unsigned load_shared(unsigned address) { unsigned v; memcpy(&v, shared_at(address, 4), 4); return v; }
