@@ -130,7 +130,8 @@ def launch(
     n_multiprocessors = modules.n_multiprocessors(device)
     base = {"SHARED_BASE": modules.shared_base(device)}
     decoder = modules.function(device, "decode_digits.cu", "decode_digits", decode.macros() | base)
-    macros = multiply.macros(is_f16=x.dtype == torch.float16) | base | {"SWIZZLED": int(options.swizzled), "READERS_FENCE": int(options.readers_fence)}
+    macros = multiply.macros(is_f16=x.dtype == torch.float16) | base
+    macros |= {"SWIZZLED": int(options.swizzled), "READERS_FENCE": int(options.readers_fence)}
     multiplier = modules.function(device, "multiply_digits.cu", "multiply_digits", macros)
     leader = None
     if not is_one_expert:
