@@ -140,9 +140,12 @@ def solve(
     upper = factors.upper
     lo, hi = levels[..., 0], levels[..., 1]
     edges = Edges(weights, lo, hi, upper.diagonal(dim1=-2, dim2=-1), price=price, bits=bits)
+    solve_block = _solve_block
+    if w.is_cuda:
+        from .cuda import solve_block  # here, as it needs CuPy
     for start in range(0, cols, block):
         stop = min(start + block, cols)
-        errors = _solve_block(
+        errors = solve_block(
             w[:, start:stop], upper[:, start:stop, start:stop], lo, hi, *edges.of(start, stop), margin=margin[:, start:stop]
         )
         if stop < cols:
@@ -190,8 +193,7 @@ def _solve_block(
 ) -> Tensor:
     """Quantize a block of columns, float32[experts, columns, rows]; fills ``margin``.
 
-    Returns the errors, divided by the diagonal. Few and large operations: on a GPU the
-    number of launches decides the time.
+    Returns the errors, divided by the diagonal. On a CUDA device a kernel does the same.
     """
     w = w.clone()
     errors = torch.empty_like(w)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import resource
@@ -211,9 +212,15 @@ def peak_bytes(device: str) -> int:
 
 
 def check_device(device: str) -> None:
-    """Raise QuantizeError when the device is not there; there is no silent fallback to the CPU."""
-    if device != "cpu" and not torch.cuda.is_available():
+    """Raise QuantizeError when the device is not there, or not what it needs; there is no silent fallback to the CPU."""
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
         raise QuantizeError(f"device {device!r}: this torch has no usable CUDA device")
+    try:
+        importlib.import_module("cupy")
+    except ImportError as error:
+        raise QuantizeError(f"device {device!r} needs cupy: pip install 'qmoecodec[cuda]'") from error
 
 
 __all__ = ["Plan", "available_memory", "check_device", "make_plan", "peak_bytes", "resolve_tune"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,15 @@ def test_a_missing_device_is_an_error(model_dir: Path, tokens: Path, tmp_path: P
     monkeypatch.setattr(module.planning.torch.cuda, "is_available", lambda: False)
     result = call(model_dir, "--calibration", tokens, "-o", tmp_path / "o", "--device", "cuda")
     assert result.exit_code == 1 and "CUDA" in result.stderr
+
+
+def test_a_device_without_cupy_is_an_error(
+    model_dir: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.planning.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    result = call(model_dir, "--calibration", tokens, "-o", tmp_path / "o", "--device", "cuda")
+    assert result.exit_code == 1 and "pip install 'qmoecodec[cuda]'" in result.stderr
 
 
 def test_errors_are_json_too(model_dir: Path, tokens: Path, tmp_path: Path) -> None:
