@@ -59,22 +59,31 @@ def factorize(hessian: Tensor, *, damping: float) -> Factors:
     """Damp and factorize Hessians, float32[experts, cols, cols].
 
     ``damping`` is a share of the mean diagonal. Factorizing in float64 keeps nearly
-    singular experts usable; a batch is retried one by one when any of it fails.
+    singular experts usable; one expert at a time, as it takes several float64 matrices.
     """
-    h = hessian.double()
+    # Columns adjacent, as the factorization itself gives them.
+    upper = torch.empty_like(hessian).transpose(-1, -2)
+    dead = torch.empty(hessian.shape[:-1], dtype=torch.bool, device=hessian.device)
+    usable = torch.empty(len(hessian), dtype=torch.bool, device=hessian.device)
+    for i in range(len(hessian)):
+        one = slice(i, i + 1)
+        upper[one], dead[one], usable[one] = _factorize(hessian[one].double(), damping)
+    return Factors(upper=upper, dead=dead, usable=usable)
+
+
+def _factorize(h: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     dead = diagonal <= 0
     usable = torch.isfinite(h).all(-1).all(-1) & (diagonal.mean(-1) > 0)
     h = torch.where(usable[:, None, None], h, torch.eye(h.shape[-1], dtype=h.dtype, device=h.device))
     diagonal = h.diagonal(dim1=-2, dim2=-1)
-    extra = damping * diagonal.mean(-1, keepdim=True) + torch.where(dead, 1.0, 0.0)
-    h = h + torch.diag_embed(extra.expand_as(diagonal))
+    diagonal += damping * diagonal.mean(-1, keepdim=True) + torch.where(dead, 1.0, 0.0)
     lower, failed = torch.linalg.cholesky_ex(h)
     usable &= failed == 0
     lower = torch.where(usable[:, None, None], lower, torch.eye(h.shape[-1], dtype=h.dtype, device=h.device))
     upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     usable &= (failed == 0) & torch.isfinite(upper).all(-1).all(-1)
-    return Factors(upper=upper.float(), dead=dead, usable=usable)
+    return upper, dead, usable
 
 
 def extreme_levels(weights: Tensor) -> Tensor:
@@ -214,7 +223,8 @@ def refit_levels(weights: Tensor, digits: Tensor, levels: Tensor, hessian: Tenso
     Keeps the old level where the digits do not determine a new one of the right sign.
     """
     ridge = damping * hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
-    h = hessian + torch.diag_embed(ridge[:, None].expand(hessian.shape[:-1]))
+    h = hessian.clone()
+    h.diagonal(dim1=-2, dim2=-1).add_(ridge[:, None])
     minus, plus = (digits < 0).float(), (digits > 0).float()
     minus_h, plus_h = minus @ h, plus @ h
     a, b, d = (minus_h * minus).sum(-1), (minus_h * plus).sum(-1), (plus_h * plus).sum(-1)

@@ -101,7 +101,8 @@ def walk_memory(checkpoint: Checkpoint, data: Calibration, settings: Settings, *
     per_matrix = c.d_ff * c.d_model
     # Source, both projections; then per weight of one projection: working copy, margins, digits, temporaries.
     experts = group * per_matrix * (2 * 4 + 30)
-    hessians = group * c.d_ff**2 * (4 + 4 + 5 * 8)
+    # Hessians, their factors, a damped copy; float64 for one expert at a time.
+    hessians = c.d_ff**2 * (group * (4 + 4 + 4) + 6 * 8)
     tokens = max(data.input_ids.size, data.decoder_input_ids.size)
     share = min(1.0, settings.token_cap * group / c.experts)
     # The busiest expert of a trained router sees about twice the mean, rarely the whole cap.
