@@ -164,7 +164,7 @@ def check_product(case, buffers, rng, shape, counts, *, dictionary, options=None
         expert_of[mine] = i % n_experts
     lists = (torch.from_numpy(a) for a in (n_items, item_expert, item_tokens))
     most = n + 2  # more than there are
-    items = Route(*lists, n_tokens=n_tokens, n_experts=n_experts, largest=plan.DIGITS_TOKENS, max_large=most)
+    items = Route(*lists, n_tokens=n_tokens, n_experts=n_experts, largest=plan.DIGITS_TOKENS, least=9, max_large=most)
 
     x = torch.from_numpy(rng.standard_normal((n_tokens, cols))).bfloat16()
     factors = torch.from_numpy(rng.random(n_tokens).astype(np.float32) + 0.5) if scale else None
