@@ -49,9 +49,11 @@ def raw_levels(levels: Any, shape: tuple[int, int, int], dtype: str | None) -> R
     """Take levels of any array type: numpy (uint16 with `dtype` for bfloat16), ml_dtypes, or a torch tensor.
 
     levels : [experts, rows, 2], or [rows, 2] for one expert
-    Raises FormatError: role_shape, role_dtype.
+    Raises FormatError: role_shape, role_dtype; TypeError for what is no array.
     """
-    if not isinstance(levels, np.ndarray):  # a torch tensor
+    if not isinstance(levels, np.ndarray):
+        if not hasattr(levels, "detach"):
+            raise TypeError(f"levels are a NumPy array or a torch tensor, not a {type(levels).__name__}")
         name = str(levels.dtype).removeprefix("torch.")
         levels = levels.detach().cpu().contiguous()
         if name == "bfloat16":
@@ -61,8 +63,10 @@ def raw_levels(levels: Any, shape: tuple[int, int, int], dtype: str | None) -> R
         levels = levels.numpy()
     else:
         name = levels.dtype.name
+        if not levels.dtype.isnative:
+            levels = levels.astype(levels.dtype.newbyteorder("="))
     names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
-    found = names.get(name, dtype)
+    found = "BF16" if (name, dtype) == ("uint16", "BF16") else names.get(name)  # no other bits are taken for numbers
     if found not in LEVEL_DTYPES or (dtype is not None and found != dtype):
         raise FormatError("role_dtype", f"levels are {name}, not {dtype or LEVEL_DTYPES}")
     experts, rows, _ = shape

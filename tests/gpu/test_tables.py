@@ -198,3 +198,38 @@ def test_first_experts():
         some = source.first_experts(encoded, n)
         source.check_stack(some)
         assert (qmoecodec.decode(some) == digits[:n]).all()
+
+
+def test_levels_are_numbers_whatever_their_byte_order():
+    levels = np.array([[[-1.5, 2.0]] * 3] * 2, np.float32)
+    expected = levels.view(np.uint8)
+    for given in (levels, levels.astype(">f4"), np.asfortranarray(levels), levels[:, ::-1]):
+        found = source.raw_levels(given, (2, 3, 4), None)
+        assert found.dtype == "F32"
+        assert np.array_equal(found.data, expected)
+    bits = (levels.view(np.uint32) >> 16).astype(np.uint16)
+    for given in (bits, bits.astype(">u2")):
+        found = source.raw_levels(given, (2, 3, 4), "BF16")
+        assert np.array_equal(found.data.view(np.uint16), bits)
+
+
+@pytest.mark.parametrize(
+    ("levels", "dtype"),
+    [
+        (np.ones((2, 3, 2), np.int32), "F32"),
+        (np.ones((2, 3, 2), np.uint32), "F32"),
+        (np.ones((2, 3, 2), np.uint16), "F16"),
+        (np.ones((2, 3, 2), np.int16), "BF16"),
+        (np.ones((2, 3, 2), np.float32), "F64"),
+        (np.ones((2, 3, 2), np.uint16), None),
+        (np.ones((2, 3, 2), np.complex64), None),
+    ],
+)
+def test_other_bits_are_no_levels(levels, dtype):
+    with pytest.raises(qmoecodec.FormatError, match="role_dtype"):
+        source.raw_levels(levels, (2, 3, 4), dtype)
+
+
+def test_what_is_no_array_is_no_levels():
+    with pytest.raises(TypeError, match="not a list"):
+        source.raw_levels([[[-1.0, 1.0]]], (1, 1, 4), "F32")
