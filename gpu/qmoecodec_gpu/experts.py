@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import weakref
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import numpy as np
 import torch
@@ -67,7 +68,10 @@ class Bank:
                 tables.gather_entries(p, form) if isinstance(form, tables.EntryForm) else tables.scatter_entries(p, form)
                 for p in self.phrases
             ]
-            self.forms[form] = torch.from_numpy(np.stack(entries).view(np.int32)).to(self.entries.device)
+            modules.refuse_capture(self.entries.device)
+            made = torch.from_numpy(np.stack(entries).view(np.int32)).to(self.entries.device)
+            # A kernel may read what another thread has put there meanwhile: that one stays.
+            return self.forms.setdefault(form, made)
         return self.forms[form]
 
 
@@ -107,6 +111,7 @@ class GpuExperts:
         self._plans: dict[int, plan.GatherPlan | None] = {}
         self._launches: dict[int, plan.Launch | None] = {}
         self._tiles: dict[int, plan.TilePlan | None] = {}
+        self._used_on: set[tuple[int, int]] = set()
         self.handle = next(_handles)
         _by_handle[self.handle] = self
 
@@ -125,17 +130,23 @@ class GpuExperts:
 
         stack : a group of an open file (`qmoecodec.open`), or a `qmoecodec.Encoded` with its levels
         levels : [experts, rows, 2]    low and high level (`source.raw_levels`); those of the group if None
-        dtype : "BF16", "F16", "F32" or "F64"; needed only for bfloat16 given as uint16
+        dtype : "BF16", "F16", "F32" or "F64"; needed only for bfloat16 given as uint16. Float64 is rounded to float32.
         layout : "auto", or "file" to keep the file's order and so the general kernels
         recode : encode experts of 12- or 16-bit codewords anew with 8 bits, for the fast kernel
         Raises FormatError with reason and place for whatever is wrong with the bytes, before any kernel could use them;
-        ValueError for an expert of 2 GiB and more.
+        ValueError for an expert of 2 GiB and more, and for a device without CUDA; TypeError for an `Encoded` without levels.
+        The result may be used at once on any stream and in any thread, and needs neither the file nor the arrays any more.
+        It lives as long as kernels queued on any stream read it; but a CUDA graph does not keep it alive.
         """
         if layout not in ("auto", "file"):
             raise ValueError(f"layout is 'auto' or 'file', not {layout!r}")
         if levels is None:
-            stack, levels, dtype = stack.encoded(), stack.levels, stack.dtype
+            if not hasattr(stack, "encoded"):
+                raise TypeError("levels are needed with an Encoded, which has none")
+            stack, levels, dtype = stack.encoded(), stack.levels, dtype or stack.dtype
         target = torch.device(device)
+        if target.type != "cuda":
+            raise ValueError(f"experts are loaded to a CUDA device, not to {device}")
         if target.index is None:
             target = torch.device("cuda", torch.cuda.current_device())
         try:
@@ -173,6 +184,7 @@ class GpuExperts:
             codes, expert_start, row_start = staged.codes, staged.expert_start, staged.row_start
         else:
             codes, expert_start, row_start = repack(staged, chosen, tail_bytes=_TAIL_BYTES)
+        torch.cuda.current_stream(codes.device).synchronize()  # the first product may be on another stream
         return cls(
             shape=staged.shape,
             bank=bank,
@@ -260,9 +272,7 @@ class GpuExperts:
         experts, rows, cols = self.shape
         if dtype not in (torch.int8, torch.bfloat16, torch.float16):
             raise TypeError(f"decode gives int8, bfloat16 or float16, not {dtype}")
-        if expert is not None and not 0 <= expert < experts:
-            raise IndexError(f"expert {expert} of {experts}")
-        first, n = (0, experts) if expert is None else (expert, 1)
+        first, n = (0, experts) if expert is None else (self.check_number(expert), 1)
         shape = (n, rows, cols) if expert is None else (rows, cols)
         if out is None:
             out = torch.empty(shape, dtype=dtype, device=self.device)
@@ -276,6 +286,7 @@ class GpuExperts:
             "LEVEL_KIND": self.level_kind,
         }
         kernel = modules.function(self.device, "rows.cu", "decode_rows", macros)
+        self.use()
         modules.launch(
             self.device,
             kernel,
@@ -293,6 +304,30 @@ class GpuExperts:
             shared_bytes=4096 * modules.THREADS // 32,
         )
         return out
+
+    def check_number(self, expert: int) -> int:
+        """Return an expert's number.
+
+        Raises TypeError for what is no integer, IndexError for one that does not exist.
+        """
+        expert = operator.index(expert)
+        if not 0 <= expert < self.shape[0]:
+            raise IndexError(f"expert {expert} of {self.shape[0]}")
+        return expert
+
+    def use(self) -> None:
+        """Let the memory outlive what is queued next on the current stream, however soon this object goes."""
+        stream = torch.cuda.current_stream(self.device)
+        key = (stream.cuda_stream, len(self.bank.forms))  # tables are made when they are needed
+        if key not in self._used_on:
+            bank = self.bank
+            held = (self.codes, self.expert_start, self.row_start, self.levels, self.dictionary_index)
+            for tensor in (*held, bank.entries, bank.nonzeros, bank.thresholds, *tuple(bank.forms.values())):
+                tensor.record_stream(stream)
+            self._used_on.add(key)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("GpuExperts cannot be copied or pickled, as operators know them by their handle: load the group again")
 
     def rows_arguments(self) -> tuple[int, ...]:
         """The first arguments of the kernels in rows.cu that read any layout."""
@@ -323,7 +358,11 @@ def find(handle: int) -> GpuExperts:
 
     Raises KeyError where they no longer live.
     """
-    return _by_handle[handle]
+    # torch.compile may pass the number as a symbol.
+    found = _by_handle.get(int(handle))
+    if found is None:
+        raise KeyError(f"the experts with the handle {int(handle)} are gone: something must refer to them besides the operator")
+    return found
 
 
 def _plan(layout: plan.Layout, bank: Bank, cols: int, tokens: int, device: torch.device) -> plan.GatherPlan | None:

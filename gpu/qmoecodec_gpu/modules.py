@@ -41,10 +41,14 @@ def source(name: str) -> str:
 
 
 def function(device: torch.device, file: str, name: str, macros: Mapping[str, int] | None = None) -> Any:
-    """Return a compiled kernel; the first call for a device and set of macros compiles it (CuPy keeps it on disk)."""
+    """Return a compiled kernel; the first call for a device and set of macros compiles it (CuPy keeps it on disk).
+
+    Raises RuntimeError where that would be while a CUDA graph is captured.
+    """
     key = (_index(device), file, name, tuple(sorted((macros or {}).items())))
     with _lock:
         if key not in _functions:
+            refuse_capture(device)
             options = ("-std=c++17", *(f"-D{macro}={value}" for macro, value in key[3]))
             with cupy.cuda.Device(key[0]):
                 if file in _SM_90A:
@@ -78,6 +82,13 @@ def _sm_90a_module(code: str, options: tuple[str, ...]) -> Any:
     return cupy.RawModule(path=str(path))
 
 
+def refuse_capture(device: torch.device) -> None:
+    """Raise RuntimeError while a CUDA graph is captured: what is needed the first time cannot be loaded then."""
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("the first use of a kernel cannot be captured in a CUDA graph: run the same once before")
+
+
 @cache
 def _attributes(index: int) -> dict[str, int]:
     return dict(cupy.cuda.Device(index).attributes)
@@ -105,6 +116,7 @@ def n_multiprocessors(device: torch.device) -> int:
 @cache
 def _shared_base(index: int) -> int:
     device = torch.device("cuda", index)
+    refuse_capture(device)
     found = torch.zeros(1, dtype=torch.int32, device=device)
     launch(device, function(device, "probe.cu", "shared_base"), 1, 1, (pointer(found),), shared_bytes=128)
     return int(found.item())

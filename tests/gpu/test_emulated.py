@@ -83,7 +83,10 @@ class Emulated:
     def patch(self, monkeypatch, modules):
         for name in ("function", "launch"):
             monkeypatch.setattr(modules, name, getattr(self, name))
-        facts = {"is_sm_90": True, "max_shared_bytes": MOST_SHARED, "n_multiprocessors": self.n, "shared_base": build.SHARED_BASE}
+        facts = {
+            "is_sm_90": True, "max_shared_bytes": MOST_SHARED, "n_multiprocessors": self.n, "shared_base": build.SHARED_BASE,
+            "refuse_capture": None,
+        }  # fmt: skip
         for name, value in facts.items():
             monkeypatch.setattr(modules, name, lambda device, value=value: value)
 
