@@ -241,14 +241,15 @@ def empty_y(experts: GpuExperts, x: torch.Tensor) -> torch.Tensor:
 
 def matvec(experts: GpuExperts, x: torch.Tensor, expert: int, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """Multiply one expert, known to the host, with one vector: [rows, cols] @ x[cols]."""
-    if not 0 <= expert < experts.shape[0]:
-        raise IndexError(f"expert {expert} of {experts.shape[0]}")
-    row = x.reshape(1, -1)
+    expert = experts.check_number(expert)
+    if x.ndim != 1:
+        raise ValueError(f"x has the shape {tuple(x.shape)}, not [{experts.shape[2]}]")
+    row = x[None]
     check_x(experts, row)
     y = torch.empty(experts.shape[1], dtype=x.dtype, device=x.device) if out is None else out
     if y.shape != experts.shape[1:2] or y.dtype != x.dtype or y.device != x.device or not y.is_contiguous():
         raise ValueError(f"out must be a contiguous {x.dtype} tensor of {experts.shape[1]} elements")
-    _launch(experts, expert, row, y.view(1, -1))
+    _launch(experts, expert, row, y[None])
     return y
 
 
@@ -266,8 +267,7 @@ def matmul(
     dense_from : tokens from which that is done
     """
     check_x(experts, x)
-    if not 0 <= expert < experts.shape[0]:
-        raise IndexError(f"expert {expert} of {experts.shape[0]}")
+    expert = experts.check_number(expert)
     if len(x) >= dense_from:
         return x @ experts.decode(expert, dtype=x.dtype, out=scratch).T
     numbers = torch.full((len(x),), expert, dtype=torch.int64, device=x.device)
