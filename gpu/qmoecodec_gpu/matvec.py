@@ -195,6 +195,7 @@ def _launch(
         return
     if n_tokens * rows >= 1 << 31:
         raise ValueError(f"{n_tokens} tokens with {rows} rows are too many for one launch; take fewer tokens at a time")
+    experts.use()
     p, i32, device = modules.pointer, modules.i32, experts.device
     is_f16 = x.dtype == torch.float16
     largest = _largest_used(n_tokens, items) if isinstance(items, Route) else 1
