@@ -127,6 +127,13 @@ def check_x(experts: GpuExperts, x: torch.Tensor) -> None:
         raise ValueError(f"x has the shape {tuple(x.shape)}, not [tokens, {experts.shape[2]}]")
     if x.shape[0] and x.stride(1) != 1 and x.shape[1] > 1:
         raise ValueError("x must be contiguous in its last dimension")
+    check_no_grad(x)
+
+
+def check_no_grad(tensor: torch.Tensor) -> None:
+    """Refuse what a gradient is wanted of, outside the operators, which refuse to go backward by themselves."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError("products with compressed experts have no gradient: detach the tensor, or use torch.no_grad()")
 
 
 def run(
@@ -157,6 +164,7 @@ def run(
             raise TypeError("scale is a contiguous float32 tensor, one number per token")
         if scale.device != x.device:
             raise ValueError(f"scale is on {scale.device}, x on {x.device}")
+        check_no_grad(scale)
     _launch(experts, items, x, y, relu=relu, scale=scale)
     if isinstance(items, Route) and items.max_large:
         large = digits if items.largest == plan.DIGITS_TOKENS else tiles
