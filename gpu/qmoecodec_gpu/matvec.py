@@ -130,6 +130,15 @@ def check_x(experts: GpuExperts, x: torch.Tensor) -> None:
     check_no_grad(x)
 
 
+def check_apart(x: torch.Tensor, y: torch.Tensor, name: str) -> None:
+    """Refuse to write y, contiguous, where x[tokens, cols] lies: rows are written while others are computed."""
+    if not x.numel() or not y.numel():
+        return
+    x_end = x.data_ptr() + ((len(x) - 1) * x.stride(0) + x.shape[1]) * x.element_size()
+    if x.data_ptr() < y.data_ptr() + y.numel() * y.element_size() and y.data_ptr() < x_end:
+        raise ValueError(f"{name} overlaps x in memory")
+
+
 def check_no_grad(tensor: torch.Tensor) -> None:
     """Refuse what a gradient is wanted of, outside the operators, which refuse to go backward by themselves."""
     if tensor.requires_grad and torch.is_grad_enabled():
@@ -159,6 +168,7 @@ def run(
         raise ValueError(f"{items.n_tokens} tokens were routed to {items.n_experts} experts; this is {tuple(x.shape)}, {experts}")
     if y.shape != (x.shape[0], experts.shape[1]) or y.dtype != x.dtype or y.device != x.device or not y.is_contiguous():
         raise ValueError(f"y must be a contiguous {x.dtype} tensor [tokens, {experts.shape[1]}]")
+    check_apart(x, y, "y")
     if scale is not None:
         if scale.dtype != torch.float32 or scale.shape != x.shape[:1] or not scale.is_contiguous():
             raise TypeError("scale is a contiguous float32 tensor, one number per token")
@@ -258,6 +268,7 @@ def matvec(experts: GpuExperts, x: torch.Tensor, expert: int, *, out: torch.Tens
     y = torch.empty(experts.shape[1], dtype=x.dtype, device=x.device) if out is None else out
     if y.shape != experts.shape[1:2] or y.dtype != x.dtype or y.device != x.device or not y.is_contiguous():
         raise ValueError(f"out must be a contiguous {x.dtype} tensor of {experts.shape[1]} elements")
+    check_apart(row, y, "out")
     _launch(experts, expert, row, y[None])
     return y
 
@@ -278,6 +289,8 @@ def matmul(
     check_x(experts, x)
     expert = experts.check_number(expert)
     if len(x) >= dense_from:
+        if scratch is not None:
+            check_apart(x, scratch, "scratch")
         return x @ experts.decode(expert, dtype=x.dtype, out=scratch).T
     numbers = torch.full((len(x),), expert, dtype=torch.int64, device=x.device)
     largest, least = choose_sizes((experts, x), n_experts=1)
