@@ -75,9 +75,16 @@ def route(expert: torch.Tensor, *, n_experts: int, largest: int, least: int = pl
     """Group tokens by expert, on the device and without asking it anything.
 
     expert : int64[tokens]    -1 for a token that is dropped; a number that does not exist makes y NaN
-    largest, least : from `choose_sizes`
+    largest : 1, 2, 4 or 8 tokens, or more for large items
+    least : tokens of the smallest large item; both from `choose_sizes`
     """
     check_expert(expert)
+    if largest not in (*plan.TOKEN_CLASSES, plan.TILE_TOKENS, plan.DIGITS_TOKENS):
+        raise ValueError(f"items have 1, 2, 4, 8, {plan.TILE_TOKENS} or {plan.DIGITS_TOKENS} tokens at most, not {largest}")
+    if not 5 <= least <= plan.TOKEN_CLASSES[-1] + 1 and largest > plan.TOKEN_CLASSES[-1]:
+        raise ValueError(f"large items have 5 to {plan.TOKEN_CLASSES[-1] + 1} tokens at least, not {least}")
+    if len(expert) >= 1 << 28 or not 0 <= n_experts < 1 << 31:
+        raise ValueError(f"{len(expert)} tokens cannot be routed to {n_experts} experts at once")
     tokens, device = len(expert), expert.device
     expert = expert.contiguous()
     lists = torch.empty(8 + 45 * tokens, dtype=torch.int32, device=device)
@@ -166,6 +173,8 @@ def run(
             raise ValueError(f"{len(items)} expert numbers on {items.device} and x {tuple(x.shape)}: several must be routed")
     elif (items.n_tokens, items.n_experts) != (x.shape[0], experts.shape[0]) or items.n_items.device != x.device:
         raise ValueError(f"{items.n_tokens} tokens were routed to {items.n_experts} experts; this is {tuple(x.shape)}, {experts}")
+    if isinstance(items, Route) and items.max_large and not _takes(experts, x, items.largest):
+        raise ValueError(f"items of {items.largest} tokens need experts of 8-bit codewords, levels of x's type and aligned x")
     if y.shape != (x.shape[0], experts.shape[1]) or y.dtype != x.dtype or y.device != x.device or not y.is_contiguous():
         raise ValueError(f"y must be a contiguous {x.dtype} tensor [tokens, {experts.shape[1]}]")
     check_apart(x, y, "y")
