@@ -319,6 +319,7 @@ def grouped_matvec(experts: GpuExperts, x: torch.Tensor, expert: torch.Tensor) -
     Returns [tokens, rows] of x's dtype; sums are float32. No host synchronisation; may be captured in a CUDA graph once
     it has run for these experts and this number of tokens.
     """
+    check_x(experts, x)
     y = empty_y(experts, x)
     if len(x) == 1:
         items: Route | torch.Tensor = expert
@@ -344,6 +345,9 @@ def moe_mlp(
     """
     if wi.shape[0] != wo.shape[0] or wi.shape[1] != wo.shape[2]:
         raise ValueError(f"wi {wi.shape} and wo {wo.shape} do not fit")
+    if wi.device != wo.device:
+        raise ValueError(f"wi is on {wi.device}, wo on {wo.device}")
+    check_x(wi, x)
     hidden = empty_y(wi, x)
     if len(x) == 1:
         items: Route | torch.Tensor = expert
