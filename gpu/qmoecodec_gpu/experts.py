@@ -112,6 +112,7 @@ class GpuExperts:
         self._launches: dict[int, plan.Launch | None] = {}
         self._tiles: dict[int, plan.TilePlan | None] = {}
         self._used_on: set[tuple[int, int]] = set()
+        self._fit: dict[torch.dtype, bool] = {}
         self.handle = next(_handles)
         _by_handle[self.handle] = self
 
@@ -314,6 +315,21 @@ class GpuExperts:
         if not 0 <= expert < self.shape[0]:
             raise IndexError(f"expert {expert} of {self.shape[0]}")
         return expert
+
+    def fit(self, dtype: torch.dtype) -> bool:
+        """Say whether the levels keep their size when they are rounded to bfloat16 or float16.
+
+        None may be too large, nor, but for 0, so small that bits are lost. Asks the device the first time.
+        """
+        if dtype == {0: torch.bfloat16, 1: torch.float16}.get(self.level_kind):
+            return True
+        if dtype not in self._fit:
+            modules.refuse_capture(self.device)
+            kept = self.levels.view({0: torch.bfloat16, 1: torch.float16, 2: torch.float32}[self.level_kind])
+            sizes, info = kept.float().abs(), torch.finfo(dtype)
+            is_good = (sizes == 0) | ((sizes >= info.tiny) & (sizes <= info.max))
+            self._fit[dtype] = bool(is_good.all())
+        return self._fit[dtype]
 
     def use(self) -> None:
         """Let the memory outlive what is queued next on the current stream, however soon this object goes."""

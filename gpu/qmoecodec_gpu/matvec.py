@@ -293,11 +293,11 @@ def matmul(
     """Multiply one expert, known to the host, with many vectors: x[tokens, cols] @ expert.T -> [tokens, rows].
 
     scratch : [rows, cols] of x's dtype    where the expert is decoded to for the dense product; allocated if None
-    dense_from : tokens from which that is done
+    dense_from : tokens from which that is done, where the levels are numbers of x's type, or near to some
     """
     check_x(experts, x)
     expert = experts.check_number(expert)
-    if len(x) >= dense_from:
+    if len(x) >= dense_from and experts.fit(x.dtype):
         if scratch is not None:
             check_apart(x, scratch, "scratch")
         return x @ experts.decode(expert, dtype=x.dtype, out=scratch).T
