@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from qmoecodec_gpu import modules, tables
 from qmoecodec_gpu.loading import Staged, place_rows
 
 _cache: dict[tuple[torch.device, int], _Walk] = {}
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +30,20 @@ class _Walk:
 
 def _walk(dictionary: Dictionary, device: torch.device) -> _Walk:
     key = (device, id(dictionary))
-    if key not in _cache:
-        if len(_cache) >= 16:
-            _cache.pop(next(iter(_cache)))
-        nodes, roots = tables.encoder_trees(dictionary)
-        small = tables.encoder_transitions(dictionary)
-        transitions = None if small is None else torch.from_numpy(small.view(np.int32)).to(device)
-        _cache[key] = _Walk(dictionary, transitions, torch.from_numpy(nodes).to(device), roots)
-    return _cache[key]
+    with _lock:
+        if key not in _cache:
+            if len(_cache) >= 16:
+                _cache.pop(next(iter(_cache)))
+            nodes, roots = tables.encoder_trees(dictionary)
+            small = tables.encoder_transitions(dictionary)
+            transitions = None if small is None else torch.from_numpy(small.view(np.int32)).to(device)
+            _cache[key] = _Walk(dictionary, transitions, torch.from_numpy(nodes).to(device), roots)
+        walk = _cache[key]
+    # What another thread drops from the cache may still be read on this one's stream.
+    for tensor in (walk.nodes, walk.transitions):
+        if tensor is not None:
+            tensor.record_stream(torch.cuda.current_stream(device))
+    return walk
 
 
 def encode(digits: torch.Tensor, dictionary: Dictionary) -> Staged:
