@@ -244,16 +244,22 @@ def test_experts_stay_compressed(make_checkpoint: MakeCheckpoint, tokens_file: P
     """Neither loading nor running leaves decoded experts in GPU memory."""
     source = make_checkpoint(ternary=True, d_model=256, d_ff=512, num_experts=16)
     pack(source, tmp_path / "packed")
-    before = torch.cuda.memory_allocated()
-    with qmoe_switch.load(tmp_path / "packed", device="cuda", dtype="bfloat16") as model:
-        tokens = qmoe_switch.read_tokens(tokens_file, model.vocabulary, labels=True)
-        qmoe_switch.evaluate(model, tokens)
-        qmoe_switch.generate(model, tokens, max_new_tokens=5)
+    held = 0
+    # The first time torch takes memory from the same allocator that it keeps for good: cuBLAS's workspace, 32 MiB on Hopper,
+    # where a process has multiplied nothing before. The second time all that is held is the model's.
+    for _ in range(2):
         gc.collect()
-        parameters = sum(p.nbytes for p in {id(p): p for p in model.module.parameters()}.values())
-        held = torch.cuda.memory_allocated() - before - parameters
-        as_matrices = 2 * 2 * 16 * 256 * 512 * 2
-        assert 0.03 * as_matrices < held < 0.25 * as_matrices
+        before = torch.cuda.memory_allocated()
+        with qmoe_switch.load(tmp_path / "packed", device="cuda", dtype="bfloat16") as model:
+            tokens = qmoe_switch.read_tokens(tokens_file, model.vocabulary, labels=True)
+            qmoe_switch.evaluate(model, tokens)
+            qmoe_switch.generate(model, tokens, max_new_tokens=5)
+            gc.collect()
+            parameters = sum(p.nbytes for p in {id(p): p for p in model.module.parameters()}.values())
+            held = torch.cuda.memory_allocated() - before - parameters
+        del model
+    as_matrices = 2 * 2 * 16 * 256 * 512 * 2
+    assert 0.03 * as_matrices < held < 0.25 * as_matrices
 
 
 def test_dropped_tokens_are_those_of_the_cpu(make_checkpoint: MakeCheckpoint, tokens_file: Path, tmp_path: Path) -> None:
