@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,16 @@ import pytest
 
 import qmoecodec
 from qmoecodec.dictionary import aivf, qmoe2023, table_from_phrases
+
+
+@pytest.fixture(autouse=True)
+def give_memory_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test on the device, since other processes test on the same one."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import qmoecodec
+from tests.gpu import products
 
 torch = pytest.importorskip("torch", reason="needs torch")
 pytest.importorskip("cupy", reason="needs CuPy")
@@ -37,14 +38,7 @@ def multiply_and_compare(experts, data, counts, dtype, rng, *, dropped=False, re
         y = torch.full((n, rows), float("nan"), device="cuda", dtype=dtype)
         matvec._launch(experts, items, x, y, relu=relu, scale=factors)
         digits.launch(experts, items, x, y, relu=relu, scale=factors, **launch)
-        of_expert = dense[numbers.clamp(min=0)] * (numbers >= 0)[:, None, None]
-        exact = torch.einsum("trc,tc->tr", of_expert, x.double())
-        bound = 2.0**-8 * exact.abs() + 1e-5 * torch.einsum("trc,tc->tr", of_expert.abs(), x.double().abs()) + 1e-6
-        if relu:
-            exact = exact.clamp(min=0)
-        if scale:
-            exact, bound = exact * factors[:, None], bound * factors[:, None]
-        assert bool(((y.double() - exact).abs() <= bound).all())
+        products.check(y, dense, x, numbers, relu=relu, scale=factors)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
