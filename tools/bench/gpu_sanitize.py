@@ -6,7 +6,8 @@ takes longer than anybody waits.
   1. Record, without a tool: the package runs as ever, and each launch is written down with its compiled code, its arguments, and
      every byte of their memory that did not come from one of our kernels. Memory from torch.empty is poisoned, to tell
      what has been written.
-  2. Replay (gpu_replay.py) under each tool: the same launches from a process that has nothing else in it.
+  2. Replay (gpu_replay.py) under each tool: the same launches from a process that has nothing else in it. Hopper's kernels have
+     thousands of barriers at a time, and synccheck's table of them overflowed: there each such launch has its own process.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -35,6 +37,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 VECTOR_PARTS = 6
 #: Kernels whose items stand in the order in which threads came.
 IN_ANY_ORDER = ("route_tokens", "arrange_x")
+#: Kernels with barriers in shared memory.
+WITH_BARRIERS = ("matmul_tile", "multiply_digits")
 
 # ---- recording -------------------------------------------------------------------------------------------------------
 
@@ -175,7 +179,7 @@ class Recorder:
                 raise ValueError(f"{name}: argument {a!r} is neither a number nor an address from modules.pointer")
         if len(grid) > 2 or len(block) != 1:
             raise ValueError(f"{name}: the replay takes a grid of two dimensions and blocks of one, not {grid}, {block}")
-        self.operations.append(["launch", cubin, name, list(grid), block[0], shared_mem, arguments])
+        self.operations.append(["launch", cubin, name, list(grid), block[0], shared_mem, arguments, name not in IN_ANY_ORDER])
         self.forms.add((name, *form))
         kernel(grid, block, tuple(int(a) if isinstance(a, Pointer) else a for a in args), shared_mem=shared_mem)
         self.torch.cuda.synchronize()
@@ -501,12 +505,28 @@ def uncovered(forms: set[tuple[str, ...]]) -> list[str]:
     return missing
 
 
+def parts(folder: pathlib.Path) -> Iterator[str]:
+    """Cut a recording behind each launch of a kernel with barriers; yield FIRST:END."""
+    recording = folder / "operations.json"
+    if not recording.exists():  # it failed
+        return
+    launched = [operation[2] for operation in json.loads(recording.read_text()) if operation[0] == "launch"]
+    first = 0
+    for number, name in enumerate(launched):
+        if name in WITH_BARRIERS or number == len(launched) - 1:
+            yield f"{first}:{number + 1}"
+            first = number + 1
+
+
 def main() -> int:
     """Record, then run the tools, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", default=",".join(TOOLS))
-    parser.add_argument("--jobs", type=int, default=8, help="recordings at a time (8)")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds for one tool (600)")
+    parser.add_argument("--jobs", type=int, default=8, help="recordings, and processes under a tool, at a time (8)")
+    parser.add_argument("--lists", default="", help="record and replay these lists alone, such as hopper,types")
+    help_text = "also replay Hopper's list under synccheck in one process, with each of these --num-cuda-barriers"
+    parser.add_argument("--synccheck-barriers", default="", metavar="N,..", help=help_text)
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for one process (600)")
     parser.add_argument("--no-vectors", action="store_true", help="leave the conformance vectors out")
     parser.add_argument("--logs", type=pathlib.Path, help="a folder for the tools' whole output")
     parser.add_argument("--record", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
@@ -524,6 +544,11 @@ def run(folder: pathlib.Path, logs: pathlib.Path, arguments: argparse.Namespace)
     begin = time.monotonic()
     failed = False
     names = [*CASES, "rest", *([] if arguments.no_vectors else [f"vectors-{k}" for k in range(VECTOR_PARTS)])]
+    if arguments.lists:
+        unknown = set(arguments.lists.split(",")) - set(names)
+        if unknown:
+            raise SystemExit(f"no lists: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+        names = arguments.lists.split(",")
 
     def record_one(name: str) -> tuple[str, subprocess.CompletedProcess[str]]:
         command = [sys.executable, __file__, "--record", name, str(folder)]
@@ -541,14 +566,15 @@ def run(folder: pathlib.Path, logs: pathlib.Path, arguments: argparse.Namespace)
                 failed = True
                 print("\n".join(done.stdout.splitlines()[-25:]), flush=True)
     forms = {tuple(form) for path in folder.glob("*/forms.json") for form in json.loads(path.read_text())}
-    missing = uncovered(forms)
-    print(f"{len(forms)} kernels and forms; not reached: {', '.join(missing) or 'none'}", flush=True)
+    missing = [] if arguments.lists else uncovered(forms)
+    what = "not asked, with --lists" if arguments.lists else ", ".join(missing) or "none"
+    print(f"{len(forms)} kernels and forms; not reached: {what}", flush=True)
 
-    def check(tool: str, title: str, *options: str) -> tuple[str, int | None, float, list[str]]:
-        more = ["--num-cuda-barriers", str(1 << 20)] if tool == "synccheck" else []  # it lost count of the rings' barriers
+    def check(tool: str, title: str, *options: str, barriers: str = "") -> tuple[str, int | None, float, list[str]]:
+        more = ["--num-cuda-barriers", barriers] if barriers else []
         command = ["compute-sanitizer", "--tool", tool, *more, "--error-exitcode", "1", sys.executable,
                    str(ROOT / "tools" / "bench" / "gpu_replay.py"), str(folder), *options]  # fmt: skip
-        log = logs / f"{tool}{title and '-'}{title}.log"
+        log = logs / (re.sub(r"\W+", "-", f"{tool} {title}".rstrip()) + ".log")
         start = time.monotonic()
         with log.open("w") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -562,9 +588,17 @@ def run(folder: pathlib.Path, logs: pathlib.Path, arguments: argparse.Namespace)
 
     # What only Hopper has runs apart: a tool may not know its asynchronous copies.
     tools = arguments.tools.split(",")
-    work = [(tool, "", "--but", HOPPER) for tool in tools] + [(tool, HOPPER, "--only", HOPPER) for tool in tools]
-    with concurrent.futures.ThreadPoolExecutor(len(work)) as pool:
-        for name, status, seconds, lines in pool.map(lambda one: check(*one), work):
+    only = ("--only", HOPPER)
+    work = [functools.partial(check, tool, "", "--but", HOPPER) for tool in tools if set(names) != {HOPPER}]
+    if HOPPER in names:
+        work += [functools.partial(check, tool, HOPPER, *only) for tool in tools if tool != "synccheck"]
+        if "synccheck" in tools:
+            for part in parts(folder / HOPPER):
+                work.append(functools.partial(check, "synccheck", f"{HOPPER} {part}", *only, "--launches", part))
+            for value in filter(None, arguments.synccheck_barriers.split(",")):
+                work.append(functools.partial(check, "synccheck", f"{HOPPER} {value} barriers", *only, barriers=value))
+    with concurrent.futures.ThreadPoolExecutor(max(1, arguments.jobs)) as pool:
+        for name, status, seconds, lines in pool.map(lambda one: one(), work):
             summary = [line.lstrip("= ") for line in lines if "SUMMARY" in line or "replayed" in line or "DIFFERENT" in line][:20]
             ended = "ended by the time limit" if status is None else f"exit status {status}"
             print(f"{name}: {' | '.join(summary) or 'no summary'}; {seconds:.1f} s, {ended}", flush=True)
@@ -573,7 +607,7 @@ def run(folder: pathlib.Path, logs: pathlib.Path, arguments: argparse.Namespace)
                 print("\n".join([*lines[:40], "...", *lines[-5:]]), flush=True)
     # Would the tools say so?
     for tool, plant in (("initcheck", "unset"), ("memcheck", "short")):
-        if tool in tools:
+        if tool in tools and "types" in names:
             name, _, seconds, lines = check(tool, "planted", "--only", "types", "--plant", plant)
             n_found = sum(int(n) for n in re.findall(r"ERROR SUMMARY: (\d+) error", "\n".join(lines)))
             print(f"{name}: {n_found} found; {seconds:.1f} s", flush=True)
