@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import queue
 import re
 import resource
 import shutil
@@ -288,6 +289,7 @@ class Worker:
             code = 1
             try:
                 os.setpgid(0, 0)
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 os.close(reader)
                 null = os.open(os.devnull, os.O_RDWR)
                 for fd in (0, 1, 2):
@@ -381,15 +383,27 @@ class Worker:
                 "seconds": round(time.monotonic() - begin, 2)}  # fmt: skip
 
 
-def work(tasks: Any, results: Any, full: bool, again: bool) -> None:
-    """Be one worker: take mutants from a queue until there is none; again: they survived, so a new test may kill them."""
+def work(number: int, tasks: Any, results: Any, full: bool, again: bool) -> None:
+    """Be one worker: take mutants from a queue until there is none, then say the own number.
+
+    again : they survived, so a new test may kill them
+    """
+    with worker_log(number).open("wb") as log:
+        for fd in (1, 2):
+            os.dup2(log.fileno(), fd)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # so that the copy below goes, too
     os.nice(5)
     with tempfile.TemporaryDirectory(prefix="mutation-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         worker = Worker(Path(folder))
         while (mutant := tasks.get()) is not None:
             results.put(worker.test(mutant, full=full, again=again))
         os.chdir("/")
-    results.put(None)
+    results.put(number)
+
+
+def worker_log(number: int) -> Path:
+    """Return where a worker's output goes."""
+    return OUT / f"worker-{number}.log"
 
 
 def digest(root: Path, names: Collection[str]) -> str:
@@ -487,29 +501,44 @@ def main() -> int:
 
 
 def run(wanted: list[Mutant], jobs: int, full: bool, again: bool) -> Iterator[dict[str, Any]]:
-    """Yield the result of each mutant."""
+    """Yield the result of each mutant.
+
+    Raises SystemExit with the last of a worker's output where one ends before its time; the others end with it.
+    """
     context = multiprocessing.get_context("spawn")
     tasks, results = context.Queue(), context.Queue()
     # In an order that has nothing to do with the code: what ran of a run that is ended early is a fair sample.
     for mutant in [*sorted(wanted, key=lambda m: hashlib.sha256(m.key.encode()).digest()), *[None] * jobs]:
         tasks.put(mutant)
-    processes = [context.Process(target=work, args=(tasks, results, full, again)) for _ in range(jobs)]
-    for process in processes:
-        process.start()
-    running = jobs
-    while running:
-        try:
-            result = results.get(timeout=10)
-        except Exception:
-            if any(process.exitcode for process in processes):
-                raise SystemExit("a worker ended") from None
-            continue
-        if result is None:
-            running -= 1
-        else:
-            yield result
-    for process in processes:
-        process.join()
+    processes = [context.Process(target=work, args=(number, tasks, results, full, again)) for number in range(jobs)]
+    running = set(range(jobs))
+    try:
+        for number, process in enumerate(processes):
+            worker_log(number).unlink(missing_ok=True)
+            process.start()
+        while running:
+            silent = [number for number in running if processes[number].exitcode == 0]  # what they said is in the queue
+            try:
+                result = results.get(timeout=1)
+            except queue.Empty:
+                result = None
+            if isinstance(result, int):
+                running.discard(result)
+            elif result is not None:
+                yield result
+            failed = [number for number in running if processes[number].exitcode]
+            for number in [*failed, *([] if result is not None else silent)]:
+                log = worker_log(number)
+                lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+                raise SystemExit("\n".join([f"worker {number} ended with status {processes[number].exitcode}:", *lines[-40:]]))
+    finally:
+        tasks.cancel_join_thread()  # nobody takes what is left
+        for number in running:
+            if processes[number].is_alive():
+                processes[number].terminate()
+        for process in processes:
+            if process.pid is not None:
+                process.join()
 
 
 if __name__ == "__main__":
