@@ -190,6 +190,11 @@ def run(
         large.launch(experts, items, x, y, relu=relu, scale=scale)
 
 
+def _takes(experts: GpuExperts, x: torch.Tensor, largest: int) -> bool:
+    """Whether there is a kernel for large items of up to `largest` tokens."""
+    return digits.fits(experts, x) if largest == plan.DIGITS_TOKENS else tiles.plan_for(experts, x) is not None
+
+
 def _largest_used(n_tokens: int, items: Route) -> int:
     """The largest class that may have items: a class of 2, 4 or 8 takes more than half as many tokens."""
     largest = min(items.largest, items.least - 1)
