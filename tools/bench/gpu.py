@@ -23,7 +23,7 @@ import torch
 
 from qmoecodec.dictionary import aivf
 from qmoecodec.types import Dictionary
-from qmoecodec_gpu import backend, encoding, matvec
+from qmoecodec_gpu import backend, encoding, matvec, plan
 from qmoecodec_gpu.experts import Bank, GpuExperts
 from qmoecodec_gpu.loading import Staged, place_rows
 
@@ -289,7 +289,7 @@ def bench_single(report: Report, shapes: Sequence[tuple[int, int]] = LARGE + SMA
         torch.cuda.empty_cache()
 
 
-TOKEN_COUNTS = (2, 4, 8, 16, 32, 64, 128)
+TOKEN_COUNTS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 def bench_tokens(report: Report, shapes: Sequence[tuple[int, int]] = LARGE, counts: Sequence[int] = TOKEN_COUNTS) -> None:
@@ -304,6 +304,35 @@ def bench_tokens(report: Report, shapes: Sequence[tuple[int, int]] = LARGE, coun
                 f"{rows} x {cols}", str(tokens), f"{kernel:.2f}", f"{whole:.2f}", f"{bmm:.2f}", f"{bmm / kernel:.2f}",
                 f"{error:.1e}",
             )  # fmt: skip
+        del subject
+        torch.cuda.empty_cache()
+
+
+def bench_few(report: Report, shapes: Sequence[tuple[int, int]] = LARGE + SMALL[:1]) -> None:
+    """Few experts at a time, which leave most of the device idle: several such launches, each with experts of its own."""
+    report("\n## Few experts with several tokens, us per launch\n")
+    report.header("rows x cols", "experts", "tokens of each", "kernel", "ours, with routing", "bmm", "ratio")
+    for rows, cols in shapes:
+        subject = Subject(rows, cols, 0.885)
+        for n in (1, 4, 16):
+            for tokens in (16, 64):
+                x = torch.randn(n * tokens, cols, device=DEVICE).bfloat16()
+                launches = max(1, min(subject.n // n, 24 // n))
+                numbers = [torch.arange(i * n, (i + 1) * n, device=DEVICE).repeat_interleave(tokens) for i in range(launches)]
+                y = torch.empty((n, rows, tokens), dtype=torch.bfloat16, device=DEVICE)
+
+                def ours(x: torch.Tensor = x, numbers: list[torch.Tensor] = numbers) -> None:
+                    for some in numbers:
+                        matvec.grouped_matvec(subject.experts, x, some)  # noqa: B023
+
+                def dense(x: torch.Tensor = x, y: torch.Tensor = y, n: int = n, launches: int = launches) -> None:
+                    for i in range(launches):
+                        torch.bmm(subject.dense[i * n : (i + 1) * n], x.view(n, -1, x.shape[1]).transpose(1, 2), out=y)  # noqa: B023
+
+                us, bmm = (median_us(capture(work), repeats=7) / launches for work in (ours, dense))
+                largest, _ = matvec.choose_sizes((subject.experts, x))
+                name = {plan.DIGITS_TOKENS: "digits", plan.TILE_TOKENS: "tile"}.get(largest, "gather")
+                report.table(f"{rows} x {cols}", str(n), str(tokens), name, f"{us:.1f}", f"{bmm:.1f}", f"{bmm / us:.2f}")
         del subject
         torch.cuda.empty_cache()
 
@@ -383,7 +412,7 @@ def main() -> None:
     """Run the sections asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, help="folder for the report; default tools/bench/results")
-    parser.add_argument("--only", default="grouped,shapes,densities,single,tokens,dense,load", help="sections, comma-separated")
+    parser.add_argument("--only", default="grouped,shapes,densities,single,tokens,few,dense,load", help="sections, comma-separated")
     parser.add_argument(
         "--example", type=pathlib.Path, default=ROOT / "examples/ternary-gptq-2023.npz", help="real ternary experts"
     )
@@ -398,6 +427,7 @@ def main() -> None:
         "densities": lambda: bench_densities(report, arguments.example),
         "single": lambda: bench_single(report),
         "tokens": lambda: bench_tokens(report),
+        "few": lambda: bench_few(report),
         "dense": lambda: bench_dense(report),
         "load": lambda: bench_load(report, pathlib.Path(tempfile.gettempdir())),
     }
