@@ -308,30 +308,36 @@ def bench_tokens(report: Report, shapes: Sequence[tuple[int, int]] = LARGE, coun
         torch.cuda.empty_cache()
 
 
+def few(subject: Subject, n: int, tokens: int) -> tuple[str, float, float]:
+    """The kernel of n experts with so many tokens each, and the times of a launch: ours with routing, and bmm."""
+    _, rows, cols = subject.experts.shape
+    x = torch.randn(n * tokens, cols, device=DEVICE).bfloat16()
+    launches = max(1, min(subject.n // n, 24 // n))  # each with experts of its own
+    numbers = [torch.arange(i * n, (i + 1) * n, device=DEVICE).repeat_interleave(tokens) for i in range(launches)]
+    y = torch.empty((n, rows, tokens), dtype=torch.bfloat16, device=DEVICE)
+
+    def ours() -> None:
+        for some in numbers:
+            matvec.grouped_matvec(subject.experts, x, some)
+
+    def dense() -> None:
+        for i in range(launches):
+            torch.bmm(subject.dense[i * n : (i + 1) * n], x.view(n, tokens, cols).transpose(1, 2), out=y)
+
+    us, bmm = (median_us(capture(work), repeats=7) / launches for work in (ours, dense))
+    largest, _ = matvec.choose_sizes((subject.experts, x))
+    return {plan.DIGITS_TOKENS: "digits", plan.TILE_TOKENS: "tile"}.get(largest, "gather"), us, bmm
+
+
 def bench_few(report: Report, shapes: Sequence[tuple[int, int]] = LARGE + SMALL[:1]) -> None:
-    """Few experts at a time, which leave most of the device idle: several such launches, each with experts of its own."""
+    """Few experts at a time, which leave most of the device idle."""
     report("\n## Few experts with several tokens, us per launch\n")
     report.header("rows x cols", "experts", "tokens of each", "kernel", "ours, with routing", "bmm", "ratio")
     for rows, cols in shapes:
         subject = Subject(rows, cols, 0.885)
         for n in (1, 4, 16):
             for tokens in (16, 64):
-                x = torch.randn(n * tokens, cols, device=DEVICE).bfloat16()
-                launches = max(1, min(subject.n // n, 24 // n))
-                numbers = [torch.arange(i * n, (i + 1) * n, device=DEVICE).repeat_interleave(tokens) for i in range(launches)]
-                y = torch.empty((n, rows, tokens), dtype=torch.bfloat16, device=DEVICE)
-
-                def ours(x: torch.Tensor = x, numbers: list[torch.Tensor] = numbers) -> None:
-                    for some in numbers:
-                        matvec.grouped_matvec(subject.experts, x, some)  # noqa: B023
-
-                def dense(x: torch.Tensor = x, y: torch.Tensor = y, n: int = n, launches: int = launches) -> None:
-                    for i in range(launches):
-                        torch.bmm(subject.dense[i * n : (i + 1) * n], x.view(n, -1, x.shape[1]).transpose(1, 2), out=y)  # noqa: B023
-
-                us, bmm = (median_us(capture(work), repeats=7) / launches for work in (ours, dense))
-                largest, _ = matvec.choose_sizes((subject.experts, x))
-                name = {plan.DIGITS_TOKENS: "digits", plan.TILE_TOKENS: "tile"}.get(largest, "gather")
+                name, us, bmm = few(subject, n, tokens)
                 report.table(f"{rows} x {cols}", str(n), str(tokens), name, f"{us:.1f}", f"{bmm:.1f}", f"{bmm / us:.2f}")
         del subject
         torch.cuda.empty_cache()
@@ -408,11 +414,14 @@ def bench_load(report: Report, directory: pathlib.Path) -> None:
         report(f"\nLoad, check and repack {size / 1e9:.2f} GB from the page cache: {seconds:.3f} s, {rate:.1f} GB/s")
 
 
+SECTIONS = ("grouped", "shapes", "densities", "single", "tokens", "few", "dense", "load")
+
+
 def main() -> None:
     """Run the sections asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, help="folder for the report; default tools/bench/results")
-    parser.add_argument("--only", default="grouped,shapes,densities,single,tokens,few,dense,load", help="sections, comma-separated")
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma-separated")
     parser.add_argument(
         "--example", type=pathlib.Path, default=ROOT / "examples/ternary-gptq-2023.npz", help="real ternary experts"
     )
