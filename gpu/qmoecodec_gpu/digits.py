@@ -13,31 +13,28 @@ if TYPE_CHECKING:
     from qmoecodec_gpu.experts import GpuExperts
     from qmoecodec_gpu.matvec import Route
 
-#: Bytes of digits at a time; beyond, items are decoded and multiplied in parts. One item is always taken.
-SCRATCH_BYTES: Final = 256 << 20
+#: Bytes of digits at a time; where experts need more, items are decoded and multiplied in parts. One item is always taken.
+SCRATCH_BYTES: Final = 512 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """What measurements may choose; 0 and None for what suits the shape.
 
-    groups : row groups of 64 that a block multiplies at a time, 2 to 4
-    share : warpgroups share the columns of chunks of one group; up to 3 groups
-    slots, depth : stages of the ring, and of x under way
+    groups : row groups of 64 that a block multiplies at a time, 2 or 3
+    share : warpgroups share the columns of chunks of one group
+    slots : stages of the ring
+    x_warps : that gather x, 2 or 6
     rows, warps, blocks : of the decoder, per warp, per block and per multiprocessor
-    swizzled : x lies in shared memory so that nothing meets in a bank
-    readers_fence : those who multiply see to it that they see x
     """
 
     groups: int = 0
     share: bool | None = None
     slots: int = 0
-    depth: int = 4
+    x_warps: int = 6
     rows: int = 0
     warps: int = 8
     blocks: int = 2
-    swizzled: bool = True
-    readers_fence: bool = False
 
 
 _DEFAULT: Final = Options()
@@ -79,13 +76,13 @@ def _plans(experts: GpuExperts, n_decoded: int, n_items: int, options: Options) 
     groups = options.groups or plan.choose_groups(rows)
     share = options.share
     if share is None:
-        share = groups < 4 and n_items * -(-rows // 64) < 4 * groups * n_multiprocessors
+        share = n_items * -(-rows // 64) < 4 * groups * n_multiprocessors
     multiply = plan.plan_multiply(
         groups,
         max_shared_bytes=modules.max_shared_bytes(experts.device),
         share=share,
         slots=options.slots,
-        depth=options.depth,
+        x_warps=options.x_warps,
     )
     return decode, multiply
 
@@ -115,40 +112,50 @@ def launch(
     is_one_expert : all large items are of one expert, which is decoded once
     May be captured in a CUDA graph once it has run for these experts and this number of tokens.
     """
-    _, rows, cols = experts.shape
+    n_experts, rows, cols = experts.shape
     if not items.max_large:
         return
     device, p, i32 = experts.device, modules.pointer, modules.i32
-    item_bytes = -(-cols // 64) * -(-rows // 64) * 1024
-    at_once = items.max_large if is_one_expert else min(items.max_large, max(1, SCRATCH_BYTES // item_bytes))
-    n_decoded = 1 if is_one_expert else at_once
+    expert_bytes = -(-cols // 64) * -(-rows // 64) * 1024
+    n_decoded = 1 if is_one_expert else min(n_experts, items.max_large)
+    at_once = items.max_large
+    if n_decoded * expert_bytes > SCRATCH_BYTES and not is_one_expert:
+        n_decoded = at_once = min(at_once, max(1, SCRATCH_BYTES // expert_bytes))
     decode, multiply = _plans(experts, n_decoded, at_once, options)
     x = _aligned(x)
-    scratch = torch.empty(n_decoded * item_bytes, dtype=torch.uint8, device=device)
+    if 2 * len(x) * x.stride(0) > 1 << 36:
+        raise ValueError(f"rows of x lie in {2 * len(x) * x.stride(0)} bytes, more than 64 GiB; take fewer tokens at a time")
+    scratch = torch.empty(n_decoded * expert_bytes, dtype=torch.uint8, device=device)
     n_items, item_expert, slot_token = items.n_items[4:], items.item_expert[4], items.item_tokens[4]
     item_first, item_count = slot_token[6 * items.n_tokens :], slot_token[7 * items.n_tokens :]
     n_multiprocessors = modules.n_multiprocessors(device)
     base = {"SHARED_BASE": modules.shared_base(device)}
     decoder = modules.function(device, "decode_digits.cu", "decode_digits", decode.macros() | base)
-    macros = multiply.macros(is_f16=x.dtype == torch.float16) | base
-    macros |= {"SWIZZLED": int(options.swizzled), "READERS_FENCE": int(options.readers_fence)}
-    multiplier = modules.function(device, "multiply_digits.cu", "multiply_digits", macros)
-    leader = None
-    if not is_one_expert:
-        leader = torch.empty(items.max_large, dtype=torch.int32, device=device)
+    multiplier = modules.function(
+        device, "multiply_digits.cu", "multiply_digits", multiply.macros(is_f16=x.dtype == torch.float16) | base
+    )
+    n_parts = -(-items.max_large // at_once)
+    # Where an expert may have several items, the experts of each part are listed, and each is decoded once.
+    slot = None
+    if items.n_tokens > items.largest and at_once > 1 and not is_one_expert:
+        lists = torch.empty(2 * items.max_large + n_parts * (1 + n_experts), dtype=torch.int32, device=device)
+        listed, slot, n_listed = lists, lists[items.max_large :], lists[2 * items.max_large :]
         modules.launch(
             device,
-            modules.function(device, "decode_digits.cu", "find_leaders", decode.macros() | base),
-            -(-items.max_large // 8),
-            256,
-            (p(n_items), p(item_expert), i32(at_once), p(leader)),
+            modules.function(device, "decode_digits.cu", "list_experts", decode.macros() | base),
+            n_parts,
+            512,
+            (p(n_items), p(item_expert), i32(at_once), i32(n_experts), p(n_listed), p(listed), p(slot), p(n_listed[n_parts:])),
         )
-    for first in range(0, items.max_large, at_once):
+    for part in range(n_parts):
+        first = part * at_once
         count = min(at_once, items.max_large - first)
+        n_here = min(count, n_decoded)
+        of_part = (p(n_items), p(item_expert), i32(first)) if slot is None else (p(n_listed[part:]), p(listed[first:]), i32(0))
         modules.launch(
             device,
             decoder,
-            min(decode.blocks * n_multiprocessors, min(count, n_decoded) * -(-rows // decode.tile)),
+            min(decode.blocks * n_multiprocessors, n_here * -(-rows // decode.tile)),
             32 * decode.warps,
             (
                 p(experts.codes),
@@ -157,15 +164,12 @@ def launch(
                 p(experts.dictionary_index),
                 p(experts.bank.thresholds),
                 p(experts.bank.table(decode.form)),
-                p(n_items),
-                p(item_expert),
-                p(leader),
+                *of_part,
+                i32(n_here),
                 p(scratch),
                 i32(rows),
                 i32(cols),
                 i32(decode.pitch),
-                i32(first),
-                i32(min(count, n_decoded)),
             ),
             shared_bytes=decode.shared_bytes,
         )
@@ -190,10 +194,10 @@ def launch(
                 p(item_first),
                 p(item_count),
                 p(slot_token),
-                p(leader),
+                p(slot),
                 i32(first),
                 i32(count),
-                item_bytes,
+                0 if is_one_expert else expert_bytes,
             ),
             shared_bytes=multiply.shared_bytes,
         )

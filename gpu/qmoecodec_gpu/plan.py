@@ -298,41 +298,38 @@ class MultiplyPlan:
 
     groups : of 64 rows, one for each warpgroup
     slots : stages that the ring holds
-    depth : stages of x that are under way
+    x_warps : that gather x
     share : warpgroups share the columns of chunks of one group
     """
 
     groups: int
     slots: int
-    depth: int
+    x_warps: int
     share: bool
     shared_bytes: int
 
     @property
     def threads(self) -> int:
         """Threads per block."""
-        return 128 * (self.groups + 1)
+        return 128 * self.groups + 32 * (self.x_warps + 2)
 
     def macros(self, *, is_f16: bool) -> dict[str, int]:
         """Return the macros that the kernel is compiled with."""
         macros = {"X_F16": int(is_f16), "LEVEL_KIND": int(is_f16), "GROUPS": self.groups, "SLOTS": self.slots}
-        return macros | {"DEPTH": self.depth, "SHARE": int(self.share)}
+        return macros | {"X_WARPS": self.x_warps, "SHARE": int(self.share)}
 
 
-def plan_multiply(groups: int, *, max_shared_bytes: int, share: bool = False, slots: int = 0, depth: int = 4) -> MultiplyPlan:
+def plan_multiply(groups: int, *, max_shared_bytes: int, share: bool = False, slots: int = 0, x_warps: int = 6) -> MultiplyPlan:
     """Plan the product with two-bit digits.
 
-    share : only for up to three groups
-    slots, depth : 0 slots for as many as fit; less depth where the ring is too short
+    slots : 0 for as many as fit
     """
     slot = 128 * DIGITS_TOKENS + 1024 * groups + 16  # and two barriers
     other = 2 * (256 * groups + 8 * DIGITS_TOKENS + 16) + 64 + (128 * DIGITS_TOKENS if share else 0)
     slots = slots or (max_shared_bytes - other) // slot
-    depth = min(depth, slots - 1 - (groups if share else 2))
-    return MultiplyPlan(groups, slots, depth, share, slots * slot + other)
+    return MultiplyPlan(groups, slots, x_warps, share, slots * slot + other)
 
 
 def choose_groups(rows: int) -> int:
-    """Return how many groups of 64 rows a block multiplies at a time, 2 to 4: what leaves the fewest warpgroups without rows."""
-    groups = -(-rows // 64)
-    return min((3, 4, 2) if groups > 2 else (2,), key=lambda n: -(-groups // n) * n)
+    """Return how many groups of 64 rows a block multiplies at a time: three, which read x seldom, or two where one would idle."""
+    return 2 if -(-rows // 64) in (1, 2, 4) else 3

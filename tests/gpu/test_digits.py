@@ -54,7 +54,7 @@ def test_shapes(case, bank, guarded, hopper, name, dtype):
     assert guarded.count("multiply_digits") >= 7
 
 
-@pytest.mark.parametrize("which", ["groups 2", "groups 3", "groups 4", "share", "short", "rows 1", "16x1"])
+@pytest.mark.parametrize("which", ["groups 2", "groups 3", "share", "short", "2 x warps", "rows 1", "12 warps", "16x1"])
 def test_forms(case, bank, hopper, which):
     """Every number of row groups, whatever the shape would choose; short rings; the decoder's forms."""
     from qmoecodec_gpu import digits
@@ -62,10 +62,11 @@ def test_forms(case, bank, hopper, which):
     options = {
         "groups 2": digits.Options(groups=2, share=False),
         "groups 3": digits.Options(groups=3, share=False),
-        "groups 4": digits.Options(groups=4),
         "share": digits.Options(groups=3, share=True),
-        "short": digits.Options(groups=3, share=False, slots=4),
+        "short": digits.Options(groups=3, share=False, slots=3),
+        "2 x warps": digits.Options(x_warps=2),
         "rows 1": digits.Options(rows=1),
+        "12 warps": digits.Options(rows=4, warps=12),
         "16x1": digits.Options(rows=8, warps=16, blocks=1),
     }[which]
     rng = np.random.default_rng(62)
@@ -76,16 +77,19 @@ def test_forms(case, bank, hopper, which):
             multiply_and_compare(experts, data, counts, torch.bfloat16, rng, options=options)
 
 
-def test_parts(case, bank, guarded, hopper, monkeypatch):
-    """Items in parts, of which an expert's may fall into two; tokens that are dropped; relu and scales."""
+@pytest.mark.parametrize("room", [1, 3, 7])
+def test_parts(case, bank, guarded, hopper, monkeypatch, room):
+    """Room for all experts' digits, or for some: items in parts, an expert's maybe in two. Dropped tokens; relu and scales."""
     from qmoecodec_gpu import digits
 
-    monkeypatch.setattr(digits, "SCRATCH_BYTES", 3 * 6 * 11 * 1024)
+    monkeypatch.setattr(digits, "SCRATCH_BYTES", room * 6 * 11 * 1024)
     rng = np.random.default_rng(64)
     data = case((7, 333, 700), 0.885, bank["8 bit, .885"](), rng)
     experts = hopper.experts.load(data.encoded, torch.from_numpy(data.levels).bfloat16())
     multiply_and_compare(experts, data, (300, 1500), torch.bfloat16, rng, dropped=True, relu=True, scale=True)
-    assert guarded.count("multiply_digits") > 4
+    n_parts = guarded.count("multiply_digits")
+    assert n_parts == 2 if room == 7 else n_parts > 4
+    assert guarded.count("list_experts") == (0 if room == 1 else 2)
 
 
 def test_dictionaries(case, bank, hopper):

@@ -180,8 +180,8 @@ def check_product(case, buffers, rng, shape, counts, *, dictionary, options=None
 
     blocks, padded = -(-cols // 64), -(-rows // 64) * 64
     item_bytes = blocks * padded * 16
-    assert len(scratch) - GUARD == (1 if one else -(-most // parts)) * item_bytes
-    if parts == 1:
+    assert len(scratch) - GUARD == (1 if one else min(n_experts, -(-most // parts))) * item_bytes
+    if one or n_tokens <= plan.DIGITS_TOKENS:  # else experts stand in any order
         found = scratch[:-GUARD].numpy().view(np.uint32).reshape(-1, blocks, padded, 4)
         inside = expected_digits(np.ones((rows, cols), np.int8), padded, blocks)
         inside |= inside >> 1
@@ -203,19 +203,20 @@ def check_product(case, buffers, rng, shape, counts, *, dictionary, options=None
 def test_small(emulated, run, bank, name):
     """Items of every size class, a row group that is not whole, columns that are not whole blocks."""
     run(np.random.default_rng(51), (2, 140, 1031), (9, 20, 33, 128, 65), dictionary=bank[name]())
-    assert emulated.launched == ["decode_digits", "multiply_digits", "find_leaders"]
+    assert emulated.launched == ["decode_digits", "multiply_digits", "list_experts"]
 
 
 LONG = pytest.mark.long
 
 
-@pytest.mark.parametrize("groups", [pytest.param(2, marks=LONG), 3, pytest.param(4, marks=LONG)])
-@pytest.mark.parametrize(("slots", "depth"), [(4, 1), pytest.param(7, 4, marks=LONG), pytest.param(8, 2, marks=LONG)])
-def test_ring(run, bank, groups, slots, depth):
+@pytest.mark.parametrize("groups", [pytest.param(2, marks=LONG), 3])
+@pytest.mark.parametrize("slots", [3, pytest.param(8, marks=LONG)])
+@pytest.mark.parametrize("x_warps", [2, 6])
+def test_ring(run, bank, groups, slots, x_warps):
     """Short rings, which go round often, and every number of row groups per block; chunks across items."""
     from qmoecodec_gpu import digits
 
-    options = digits.Options(groups=groups, slots=slots, depth=depth, share=False)
+    options = digits.Options(groups=groups, slots=slots, share=False, x_warps=x_warps)
     run(np.random.default_rng(52), (3, 333, 296), (16, 64, 30, 100), dictionary=bank["8 bit, .885"](), options=options)
 
 
@@ -225,19 +226,26 @@ def test_shared_columns(run, bank, groups, cols):
     """Warpgroups share columns of chunks of one group; fewer blocks than warpgroups; one expert, decoded once."""
     from qmoecodec_gpu import digits
 
-    options = digits.Options(groups=groups, share=True, slots=groups + 2, rows=2, readers_fence=groups == 3)
+    options = digits.Options(groups=groups, share=True, slots=groups + 1, rows=2)
     rng = np.random.default_rng(54)
     for counts in ((40,), (30, 9), (128, 20, 64)):
         run(rng, (1, 170, cols), counts, dictionary=bank["8 bit, .885"](), options=options, one=True)
 
 
-def test_parts(run, bank, monkeypatch):
-    """Scales and relu; items in parts, of which the last has none; x in the form without swizzle."""
+def test_few(emulated, run, bank):
+    """No expert can have two items: nothing is listed, and each item has digits of its own."""
+    run(np.random.default_rng(55), (4, 70, 136), (12, 64, 9), dictionary=bank["8 bit, .885"]())
+    assert emulated.launched == ["decode_digits", "multiply_digits"]
+
+
+@pytest.mark.parametrize(("slots", "parts"), [(5, 1), (3, 3), pytest.param(2, 4, marks=LONG), pytest.param(1, 8, marks=LONG)])
+def test_parts(run, bank, monkeypatch, slots, parts):
+    """Room for all experts' digits, whatever their items, or for some, with items in parts, of which the last has none."""
     from qmoecodec_gpu import digits
 
-    monkeypatch.setattr(digits, "SCRATCH_BYTES", 2 * 128 * 33 * 16 + 1)
-    options = digits.Options(rows=4, warps=4, blocks=3, swizzled=False)
+    monkeypatch.setattr(digits, "SCRATCH_BYTES", slots * 128 * 9 * 16 + 1)
+    options = digits.Options(rows=4, warps=4, blocks=3)
     run(
-        np.random.default_rng(53), (2, 100, 2080), (12, 40, 64, 20), dictionary=bank["8 bit, .885"](), options=options, parts=3,
-        scale=True, relu=True,
+        np.random.default_rng(53), (5, 100, 520), (12, 40, 64, 20, 9, 33), dictionary=bank["8 bit, .885"](), options=options,
+        parts=parts, scale=True, relu=True,
     )  # fmt: skip

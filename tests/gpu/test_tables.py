@@ -190,6 +190,27 @@ def test_small_tiles_where_there_are_few():
     assert plan.choose_tile_rows(1, 2080, 132) == 32
 
 
+def test_digits_plans():
+    """What is planned fits, and as many stages as fit."""
+    layout = plan.choose_layout(least_words=150, mean_words=175, most_words=190)
+    for cols in (8, 72, 2080, 6144, 14336):
+        for rows, warps, blocks in ((8, 8, 2), (4, 12, 2), (1, 8, 2), (8, 16, 1)):
+            options = {"max_phrase": 36, "max_nonzeros": 2, "max_shared_bytes": 232448}
+            found = plan.plan_decode(layout, cols=cols, rows=rows, warps=warps, blocks=blocks, **options)
+            assert found.pitch * 16 >= cols + 4 * 36
+            assert found.pitch % 8 == 4
+            assert 2048 * found.copies + 4 * found.tile * found.pitch == found.shared_bytes
+            assert blocks * (found.shared_bytes + 1024) <= 232448 + 1024
+    assert plan.plan_decode(layout, cols=1000000, **options) is None
+    for rows in (1, 64, 128, 129, 2080, 6144):
+        for share in (False, True):
+            groups = plan.choose_groups(rows)
+            found = plan.plan_multiply(groups, max_shared_bytes=232448, share=share)
+            assert 232448 - 128 * 128 - 1024 * groups - 16 < found.shared_bytes <= 232448
+            assert found.slots > groups
+            assert found.threads == 128 * (groups + 2)
+
+
 def test_first_experts():
     rng = np.random.default_rng(8)
     digits = rng.integers(-1, 2, size=(4, 3, 50)).astype(np.int8)

@@ -1,9 +1,9 @@
 // Decoding of the experts of large items to two-bit digits, for 8-bit dictionaries, layout "words" (common.cuh).
 //
-// Of item i, `out` holds for each block of 64 columns, for each row, 16 bytes: 0, 1 for -, 2 for +, in two bits each.  Column
-// 16 s + 8 h + 2 q + l of the block (s, q = 0..3; h, l = 0, 1) stands from bit 8 (2 h + l) + 2 s of word q on, as multiply_digits.cu
-// takes it.  The number of rows is rounded up to a multiple of 64; what is there beyond the last row is undefined.  Columns
-// beyond the row are 0, 1 or 2.
+// Of the i-th expert, `out` holds for each block of 64 columns, for each row, 16 bytes: 0, 1 for -, 2 for +, in two bits each.
+// Column 16 s + 8 h + 2 q + l of the block (s, q = 0..3; h, l = 0, 1) stands from bit 8 (2 h + l) + 2 s of word q on, as
+// multiply_digits.cu takes it.  The number of rows is rounded up to a multiple of 64; what is there beyond the last row is
+// undefined.  Columns beyond the row are 0, 1 or 2.
 //
 // Naively, for each row: for each codeword: for each (offset, sign) of its phrase: out[..][position + offset] = sign.
 //
@@ -13,8 +13,8 @@
 //     shifted into 1, its value.  An entry with fewer nonzeros than places repeats its last one, which an or forgives.  With two
 //     places a mark says whether there is a first and a second one; a missing one is a 0, or'ed like a 1.
 //  2. A warp has ROWS rows to itself: it decodes them into its part of shared memory, in the columns' own order, then moves them
-//     out, 16 bytes of each row side by side, in the order above, clearing behind it.  Warps wait for each other only when the dictionary changes, so some decode, which
-//     keeps shared memory busy, while others wait for codewords or move digits.
+//     out, 16 bytes of each row side by side, in the order above, clearing behind it.  Warps wait for each other only when the
+//     dictionary changes, so some decode, which keeps shared memory busy, while others wait for codewords or move digits.
 //  3. While a row is decoded, the next row's codewords are on their way; the next tile's first while this one's digits leave.
 //
 // Trusts what gather.cu trusts.
@@ -97,7 +97,7 @@ struct Decoder {
   const u32* starts;
   int first, rows, lane, j, group;
   u32 T;      // threshold
-  bool some;  // there is a row, and the item is the one to be decoded
+  bool some;  // there is a row
 
   // Beyond the last row it is decoded again, for nobody.
   __device__ __forceinline__ void row_words(int turn, u32& at, u32& n) const {
@@ -222,30 +222,41 @@ __device__ __forceinline__ uint4 in_order(const uint4& v) {
                     __byte_perm(even13, odd13, 0x7351));
 }
 
-// leader[i]: the first item of item i's expert, among the at_once items that are decoded together.
-extern "C" __global__ void __launch_bounds__(256) find_leaders(const int* n_items, const int* item_expert, int at_once,
-                                                               int* leader) {
-  const int i = blockIdx.x * 8 + (threadIdx.x >> 5), lane = threadIdx.x & 31;
-  if (i >= *n_items) return;
-  const int expert = item_expert[i];
-  int first = i;
-  for (int j = i / at_once * at_once + lane; j < first; j += 32)
-    if (item_expert[j] == expert) first = j;
-  first = -__reduce_max_sync(FULL_WARP, -first);
-  if (lane == 0) leader[i] = first;
+// For each part of at_once items, one block: list its experts, each once, in any order, from listed[part * at_once] on,
+// n_listed[part] of them; slot[i]: the place of item i's expert in that list.  place: [parts][n_experts], for this kernel alone.
+extern "C" __global__ void __launch_bounds__(512) list_experts(const int* n_items, const int* item_expert, int at_once, int n_experts,
+                                                               int* n_listed, int* listed, int* slot, int* place) {
+  const int first = blockIdx.x * at_once, n = min(*n_items - first, at_once);
+  item_expert += first;
+  listed += first;
+  slot += first;
+  place += (u64)blockIdx.x * n_experts;
+  for (int i = threadIdx.x; i < n; i += 512) place[item_expert[i]] = -1;
+  if (threadIdx.x == 0) n_listed[blockIdx.x] = 0;
+  __syncthreads();
+  for (int i = threadIdx.x; i < n; i += 512) {
+    const int expert = item_expert[i];
+    if (atomicCAS(place + expert, -1, -2) == -1) {
+      const int at = atomicAdd(n_listed + blockIdx.x, 1);
+      listed[at] = expert;
+      place[expert] = at;
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < n; i += 512) slot[i] = place[item_expert[i]];
 }
 
-// Items first_item to first_item + max_items - 1, as far as there are and are their own leaders (all of them where `leader` is
-// null).  pitch: words of digits per row in shared memory, with room for four phrases beyond the row (the last one, and three
-// padding codewords), and an odd multiple of 4, so that eight rows lie in different banks.
+// Experts first to first + most - 1 of the list, as far as there are.  pitch: words of digits per row in shared memory, with room for
+// four phrases beyond the row (the last one, and three padding codewords), and an odd multiple of 4, so that eight rows lie in
+// different banks.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
 decode_digits(const u32* codes, const u64* expert_start, const u32* row_start, const u8* dictionary, const u32* threshold,
-              const Entry* tables, const int* n_items, const int* item_expert, const int* leader, u8* out, int rows,
-              int cols, int pitch, int first_item, int max_items) {
+              const Entry* tables, const int* n_listed, const int* listed, int first, int most, u8* out, int rows,
+              int cols, int pitch) {
   if ((u32)__cvta_generic_to_shared(shared) != SHARED_BASE) __trap();
   const int lane = threadIdx.x & 31, warp = __shfl_sync(FULL_WARP, threadIdx.x >> 5, 0);  // known to be the same in all lanes
   const int blocks = (cols + 63) / 64, tiles = (rows + TILE - 1) / TILE, padded = (rows + 63) / 64 * 64;
-  const u32 total = (u32)tiles * max(0, min(*n_items - first_item, max_items)), own = warp * ROWS * pitch;
+  const u32 total = (u32)tiles * max(0, min(*n_listed - first, most)), own = warp * ROWS * pitch;
   u32* const digits = (u32*)(shared + TABLE_BYTES) + own;
   for (int i = lane; i < ROWS * pitch / 4; i += 32) ((uint4*)digits)[i] = make_uint4(0, 0, 0, 0);
   __syncwarp();
@@ -254,10 +265,10 @@ decode_digits(const u32* codes, const u64* expert_start, const u32* row_start, c
   int known = -1;  // the dictionary whose table is there
   auto decoder_of = [&](u32 unit, int& d, u32& item) {
     item = unit / tiles;
-    const int expert = item_expert[first_item + item], first = (int)(unit - item * tiles) * TILE + warp * ROWS;
+    const int expert = listed[first + item], row = (int)(unit - item * tiles) * TILE + warp * ROWS;
     d = dictionary[expert];
-    return Decoder{codes + expert_start[expert], row_start + (u64)expert * (rows + 1), first, rows, lane, lane % LANES, lane / LANES,
-                   threshold[d], first < rows && (!leader || leader[first_item + item] == (int)(first_item + item))};
+    return Decoder{codes + expert_start[expert], row_start + (u64)expert * (rows + 1), row, rows, lane, lane % LANES, lane / LANES,
+                   threshold[d], row < rows};
   };
   u32 item, next_item;
   int d, next_d;

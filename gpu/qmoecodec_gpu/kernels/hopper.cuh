@@ -24,6 +24,16 @@ __device__ __forceinline__ void wait_barrier(u32 barrier, u32 parity) {
                "@!p bra again;}" :: "r"(barrier), "r"(parity) : "memory");
 }
 
+// As wait_barrier, for those who have time: they leave the multiprocessor to others.
+__device__ __forceinline__ void wait_long(u32 barrier, u32 parity) {
+  asm volatile("{.reg .pred p;\n"
+               "again: mbarrier.try_wait.parity.shared::cta.b64 p,[%0],%1;\n"
+               "@p bra done;\n"
+               "nanosleep.u32 500;\n"
+               "bra again;\n"
+               "done:}" :: "r"(barrier), "r"(parity) : "memory");
+}
+
 // Until `threads` threads are here; N of 1 to 15.
 template <int N> __device__ __forceinline__ void meet(u32 threads) { asm volatile("bar.sync %0,%1;" :: "n"(N), "r"(threads) : "memory"); }
 
@@ -36,19 +46,18 @@ __device__ __forceinline__ void copy_to_shared(u32 to, const u8* from, u32 bytes
 // A barrier that nobody will use again.
 __device__ __forceinline__ void end_barrier(u32 barrier) { asm volatile("mbarrier.inval.shared::cta.b64 [%0];" :: "r"(barrier) : "memory"); }
 
-// Order a copy of 16 bytes of row `row` into shared memory by this thread: `there` of them, 0 or 16, and zeros.  from: where row 0
-// has them; stride: bytes from one row to the next.
-__device__ __forceinline__ void copy_16(u32 to, const u8* from, u32 row, u32 stride, u32 there) {
-  asm volatile("{.reg .u64 p; mad.wide.u32 p,%2,%3,%1; cp.async.cg.shared.global [%0],[p],16,%4;}"
-               :: "r"(to), "l"(from), "r"(row), "r"(stride), "r"(there) : "memory");
+// Order a copy of 16 bytes into shared memory by this thread; or of `there` of them, 0 or 16, and zeros.
+__device__ __forceinline__ void copy_16(u32 to, const u8* from) {
+  asm volatile("cp.async.cg.shared.global [%0],[%1],16;" :: "r"(to), "l"(from) : "memory");
 }
+__device__ __forceinline__ void copy_16(u32 to, const u8* from, u32 there) {
+  asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" :: "r"(to), "l"(from), "r"(there) : "memory");
+}
+// An arrival, once what this thread has ordered so far is there.
 __device__ __forceinline__ void arrive_when_copied(u32 barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(barrier) : "memory");
 }
-__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most N groups of this thread's copies are under way.
-template <int N> __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
-// Let products that are told of it read what this thread has written.
+// Let this thread's products from here on read what it knows to have been written by anybody's copies of 16 bytes.
 __device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ u32 load_shared(u32 address) {

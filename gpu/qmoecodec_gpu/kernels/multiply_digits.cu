@@ -8,10 +8,11 @@
 //     columns, digits of one step of 16 columns at every eighth bit: shift and mask spread them, one multiplication makes byte
 //     selectors of them, and prmt selects 0, the low or the high level, two 16-bit numbers at once.
 //  2. Warps of their own fill a ring of stages of 64 columns, as deep as shared memory allows: one orders the digits of up to
-//     GROUPS row groups, by a bulk copy; two gather x of the item's tokens, 16 bytes per lane and copy, to where wgmma wants them.
+//     GROUPS row groups, by a bulk copy; X_WARPS gather x of the item's tokens, 16 bytes per lane and copy, to where wgmma wants
+//     them.  A lane's tokens stay the same for a whole chunk: it keeps where they are.
 //     Each warpgroup takes a group of 64 rows, so x passes the L2 cache once for 64 * GROUPS rows; up to 128 tokens share the making
 //     of a fragment.
-//  3. The products of QUEUED steps are queued together, and the fragments of the next ones made meanwhile, from words that were read a
+//  3. The products of a stage are queued together, and the fragments of the next one made meanwhile, from words that were read a
 //     stage ahead.
 //  4. Nothing waits for a whole block: warpgroups store their sums from registers and go on.  Another warp has brought what they
 //     need of the next rows and tokens into shared memory by then.
@@ -19,71 +20,62 @@
 //     same time, and what does not make a whole turn in smaller chunks.  Warpgroups share the columns of a chunk of one group,
 //     and their sums are added up in shared memory (SHARE, for launches with few rows).
 //
-// Trusts: levels of x's type, finite; x finite; its rows on 16-byte boundaries, columns a multiple of 8.
+// Trusts: levels of x's type, finite; x finite, its rows on 16-byte boundaries, all within 64 GiB, columns a multiple of 8.
 #include "common.cuh"
 #include "hopper.cuh"
 
 #ifndef GROUPS
-#define GROUPS 3       // of 64 rows, one for each warpgroup
+#define GROUPS 3       // of 64 rows, one for each warpgroup, 2 or 3
 #endif
 #ifndef SLOTS
 #define SLOTS 11       // stages that the ring holds
 #endif
-#ifndef DEPTH
-#define DEPTH 4        // stages of x that are under way
-#endif
 #ifndef SHARE
 #define SHARE 0        // warpgroups share the columns of chunks of one group
 #endif
-#ifndef SWIZZLED
-#define SWIZZLED 1     // how x lies in a stage (below)
-#endif
-#ifndef READERS_FENCE
-#define READERS_FENCE 0
+#ifndef X_WARPS
+#define X_WARPS 6      // that gather x, 2 or 6
 #endif
 #ifndef SHARED_BASE
 #define SHARED_BASE 1024
 #endif
 
 constexpr int MAX_TOKENS = 128, SUMS = MAX_TOKENS / 2;  // per thread
-constexpr int WARPS = 4 * GROUPS, X_WARPS = 2, THREADS = 32 * WARPS + 128;
-// Registers per thread: the warpgroup that fills the ring keeps FEW, the others share the rest.
-constexpr int FEW = 32, MANY = (65536 / THREADS / 8 * 8 * THREADS - 128 * FEW) / (128 * GROUPS) / 8 * 8;
+constexpr int WARPS = 4 * GROUPS, HELPERS = X_WARPS + 2, THREADS = 32 * (WARPS + HELPERS);
+static_assert(HELPERS % 4 == 0, "whole warpgroups");
+// Registers per thread: the warpgroups that fill the ring keep FEW, so that no copy waits until another has read its address; the
+// others share the rest.
+constexpr int FEW = X_WARPS == 2 ? 64 : 40, MANY = (65536 / THREADS / 8 * 8 * THREADS - 32 * HELPERS * FEW) / (128 * GROUPS) / 8 * 8;
+constexpr int ABREAST = 4 * X_WARPS, PASSES = (MAX_TOKENS + ABREAST - 1) / ABREAST;  // tokens of x at a time, eight lanes each
 constexpr u32 X_BYTES = 128 * MAX_TOKENS, SLOT_BYTES = X_BYTES + 1024 * GROUPS;  // of a stage: x, digits
 constexpr u32 BARRIERS = SHARED_BASE + SLOTS * SLOT_BYTES, EMPTY = 8 * SLOTS;    // full ones, EMPTY further empty ones
 static_assert(SHARED_BASE % 1024 == 0, "what is swizzled lies on such boundaries");
-static_assert(SLOTS > DEPTH + (SHARE ? GROUPS : 2), "a stage is kept until the warpgroup's next one is there, or, not shared, the next but one");
+static_assert(SLOTS > (SHARE ? GROUPS : 2), "a stage is kept until the warpgroup's next one is there, or, not shared, two of them");
 
 // x in a stage, for each octet of tokens 1024 bytes: the 16 bytes of columns 8 c .. 8 c + 7 of token t at 128 t + 16 (c ^ t), so that
-// neither copies nor products meet in a bank.  (Not SWIZZLED: at 128 c + 16 t.)  DESCRIPTION: of this, for wgmma, without the
-// address; STEP: from one step of 16 columns to the next.  Both in units of 16 bytes.
-#if SWIZZLED
+// neither copies nor products meet in a bank.  DESCRIPTION: of this, for wgmma, without the address; STEP: from one step of 16
+// columns to the next.  Both in units of 16 bytes.
 constexpr u64 DESCRIPTION = (u64)1 << 62 | (u64)64 << 32;
 constexpr u32 STEP = 2;
-__device__ __forceinline__ u32 x_place(u32 t, u32 c) { return 128 * t + 16 * (c ^ t); }
-#else
-constexpr u64 DESCRIPTION = (u64)64 << 32 | 8 << 16;
-constexpr u32 STEP = 16;
-__device__ __forceinline__ u32 x_place(u32 t, u32 c) { return 128 * c + 16 * t; }
-#endif
 
 // What the warpgroups need of a chunk, twice: levels of its rows, tokens (-1 for none) and their scales, and the number of tokens.
 constexpr u32 CHUNK_BARRIERS = BARRIERS + 2 * EMPTY, CHUNK_EMPTY = 16, CHUNKS = (CHUNK_BARRIERS + 32 + 15) / 16 * 16;
 constexpr u32 LEVELS = 0, TOKENS_AT = 256 * GROUPS, SCALES = TOKENS_AT + 4 * MAX_TOKENS, COUNT = SCALES + 4 * MAX_TOKENS;
 constexpr u32 CHUNK_BYTES = COUNT + 16;
 constexpr u32 PARTS = CHUNKS + 2 * CHUNK_BYTES;  // with SHARE, half of a warpgroup's sums
-static_assert(!SHARE || GROUPS < 4, "only chunks of one group are shared, and by all warpgroups");
+static_assert(GROUPS < 4, "registers do not suffice for more; only chunks of one group are shared, and by all warpgroups");
 
 extern __shared__ __align__(1024) u8 shared[];  // ring, barriers, chunks, parts
 
-// A place in the ring; all warps go round it alike.
+// A place in the ring, its barrier and its stage; all warps go round it alike.
 struct Place {
-  u32 slot, parity;
-  __device__ __forceinline__ u32 full() const { return BARRIERS + 8 * slot; }
-  __device__ __forceinline__ u32 x() const { return SHARED_BASE + slot * SLOT_BYTES; }
+  u32 full = BARRIERS, x = SHARED_BASE, parity = 0;
   __device__ __forceinline__ void next() {
-    if (++slot == SLOTS) {
-      slot = 0;
+    full += 8;
+    x += SLOT_BYTES;
+    if (full == BARRIERS + EMPTY) {
+      full = BARRIERS;
+      x = SHARED_BASE;
       parity ^= 1;
     }
   }
@@ -177,11 +169,11 @@ __device__ __forceinline__ void add_parts(float* c, u32 octets, u32 part, u32 pa
     }
 }
 
-// Queue the products of N steps.
-template <int N, int TOKENS> __device__ __forceinline__ void queue(float* c, const u32 (*a)[4], const u64* b) {
+// Queue the products of a stage.
+template <int TOKENS> __device__ __forceinline__ void queue(float* c, const u32 (*a)[4], const u64* b) {
   begin_products();
 #pragma unroll
-  for (int k = 0; k < N; k++) wgmma<TOKENS>(c, a[k], b[k]);
+  for (int k = 0; k < 4; k++) wgmma<TOKENS>(c, a[k], b[k]);
   end_products();
 }
 
@@ -192,52 +184,47 @@ struct Stage { u32 barrier, x, word[2]; };
 // takes them.  digits: where in a stage this lane's first word stands.
 __device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 digits, u32 octets, int blocks, Place& place, u32 at,
                                          u32 first_group, u32 part, u32 parts, const Output& out) {
-  constexpr int QUEUED = GROUPS > 3 ? 2 : 4;  // steps; registers do not suffice for more
   const int lane = threadIdx.x & 31;
   float c[SUMS];
 #pragma unroll
   for (int i = 0; i < SUMS; i++) c[i] = 0.f;
-  u32 a[2][QUEUED][4];
+  u32 a[2][4][4];
   u32 before = 0;  // the barrier of the stage before
   auto pass = [&](u32 stages) {  // other warpgroups' stages
 #pragma unroll 1
     for (; SHARE && stages; stages--) {
-      wait_barrier(place.full(), place.parity);
-      if (lane == 0) arrive(place.full() + EMPTY);
+      wait_barrier(place.full, place.parity);
+      if (lane == 0) arrive(place.full + EMPTY);
       place.next();
     }
   };
   auto take = [&] {
-    wait_barrier(place.full(), place.parity);
-    if (READERS_FENCE) show_to_products();
-    const Stage stage{place.full(), place.x(), {load_shared(place.x() + digits), load_shared(place.x() + digits + 128)}};
+    wait_barrier(place.full, place.parity);
+    show_to_products();
+    const Stage stage{place.full, place.x, {load_shared(place.x + digits), load_shared(place.x + digits + 128)}};
     place.next();
     return stage;
   };
   Stage next{};
   int block = part;
-  auto work = [&](int buffer) {
+  auto work = [&](u32(*a)[4]) {
     const Stage stage = next;
     if (!SHARE && block + 1 < blocks) next = take();
+    u64 b[4];
 #pragma unroll
-    for (int s = 0; s < 4; s += QUEUED) {
-      u32(*const here)[4] = a[(s / QUEUED + buffer) & 1];
-      u64 b[QUEUED];
+    for (int k = 0; k < 4; k++) {
 #pragma unroll
-      for (int k = 0; k < QUEUED; k++) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) make_pairs(stage.word[i], s + k, low[i], high[i], here[k][i], here[k][2 + i]);
-        b[k] = DESCRIPTION | (stage.x / 16 + (s + k) * STEP);
-      }
-#pragma unroll
-      for (int k = 0; k < QUEUED; k++) hold(here[k], b[k]);
-      // One place for each number of tokens, and so the same registers.  Fewer than 32 would take no less time.
-      if (octets <= 4) queue<QUEUED, 32>(c, here, b);
-      else if (octets <= 8) queue<QUEUED, 64>(c, here, b);
-      else queue<QUEUED, 128>(c, here, b);
-      wait_products<1>();
-      if (s == 0 && before && lane == 0) arrive(before + EMPTY);
+      for (int i = 0; i < 2; i++) make_pairs(stage.word[i], k, low[i], high[i], a[k][i], a[k][2 + i]);
+      b[k] = DESCRIPTION | (stage.x / 16 + k * STEP);
     }
+#pragma unroll
+    for (int k = 0; k < 4; k++) hold(a[k], b[k]);
+    // One place for each number of tokens, and so the same registers.  Fewer than 32 would take no less time.
+    if (octets <= 4) queue<32>(c, a, b);
+    else if (octets <= 8) queue<64>(c, a, b);
+    else queue<128>(c, a, b);
+    wait_products<1>();
+    if (before && lane == 0) arrive(before + EMPTY);
     before = stage.barrier;
     if (SHARE) {
       pass(min(parts, blocks - block) - 1);
@@ -249,10 +236,9 @@ __device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 di
   if (block < blocks) next = take();
 #pragma unroll 1
   while (block < blocks) {
-    work(0);
-    if (QUEUED < 4) continue;
+    work(a[0]);
     if (block >= blocks) break;
-    work(1);
+    work(a[1]);
   }
   wait_products<0>();
 #pragma unroll
@@ -260,6 +246,34 @@ __device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 di
   if (before && lane == 0) arrive(before + EMPTY);
   if (SHARE && parts > 1) add_parts(c, octets, part, parts);
   if (part == 0) store(c, octets, at, first_group, out);
+}
+
+// Bring x of N tokens of this lane, of all blocks of columns, to the ring.  units: where they are, from `from` on, in units of 16
+// bytes; to: where in a stage the first goes.
+template <int N> __device__ __forceinline__ void gather(const u8* from, const u32* units, u32 to, int cols, Place& place) {
+  auto bring = [&](bool whole, u32 there) {
+    wait_barrier(place.full + EMPTY, place.parity ^ 1);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      const u32 at = place.x + to + 128 * ABREAST * i;
+      const u8* const token = from + 16 * (u64)units[i];
+      if (whole) copy_16(at, token);
+      else copy_16(at, token, there);
+    }
+    arrive_when_copied(place.full);
+    place.next();
+    from += 128;
+  };
+#pragma unroll 1
+  for (int block = 0; block < cols / 64; block++) bring(true, 16);
+  if (cols % 64) bring(false, 8 * (int)(thread_number() & 7) < cols % 64 ? 16 : 0);
+}
+
+// One form for each number of passes, so that what happens for each block of columns is nothing but copies.
+template <int N> __device__ __forceinline__ void gather_in_passes(u32 passes, const u8* from, const u32* units, u32 to,
+                                                                          int cols, Place& place) {
+  if (passes == N) gather<N>(from, units, to, cols, place);
+  else if constexpr (N < PASSES) gather_in_passes<N + 1>(passes, from, units, to, cols, place);
 }
 
 // Barriers are no longer used by any warp: leave none behind.
@@ -270,90 +284,60 @@ __device__ __forceinline__ void end_barriers() {
   else if (threadIdx.x < 2 * SLOTS + 4) end_barrier(CHUNK_BARRIERS + 8 * (threadIdx.x - 2 * SLOTS));
 }
 
-// Items first_item to first_item + max_items - 1, as far as there are; digits: their leaders', as decode_digits.cu leaves them,
-// item_bytes from one item to the next; where `leader` is null, the first item leads all.
+// Items first_item to first_item + max_items - 1, as far as there are.  slot: where the digits of an item's expert stand, as
+// decode_digits.cu leaves them, in units of slot_bytes; null where each item has its own, as items come.
 // item_first, item_count: the places of an item's tokens in slot_token (route.cu).
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, u16* y, i64 y_stride, const float* scale, int relu,
                 int rows, int cols, const int* n_items, const int* item_expert, const int* item_first, const int* item_count,
-                const int* slot_token, const int* leader, int first_item, int max_items, i64 item_bytes) {
+                const int* slot_token, const int* slot, int first_item, int max_items, i64 slot_bytes) {
   if ((u32)__cvta_generic_to_shared(shared) != SHARED_BASE) __trap();
   const int warp = __shfl_sync(FULL_WARP, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;  // known to be the same in all lanes
   const int blocks = (cols + 63) / 64;
   const u32 per_item = (rows + 63) / 64, total = per_item * max(0, min(*n_items - first_item, max_items));
-  if (threadIdx.x < 2 * SLOTS) init_barrier(BARRIERS + 8 * threadIdx.x, threadIdx.x < SLOTS ? X_WARPS * (READERS_FENCE ? 32 : 1) + 1 : WARPS);
+  if (threadIdx.x < 2 * SLOTS) init_barrier(BARRIERS + 8 * threadIdx.x, threadIdx.x < SLOTS ? 32 * X_WARPS + 1 : WARPS);
   if (threadIdx.x < 4) init_barrier(CHUNK_BARRIERS + 8 * threadIdx.x, threadIdx.x < 2 ? 32 : WARPS + X_WARPS);
   publish_barriers();
   __syncthreads();
 
-  Place place{0, 0};
+  Place place;
   ChunkPlace about{0, 0};
   if (warp >= WARPS) {
     give_registers<FEW>();
     item_first += first_item;
     item_count += first_item;
     item_expert += first_item;
-    if (leader) leader += first_item;
+    if (slot) slot += first_item;
     if (warp < WARPS + X_WARPS) {
-      // Eight lanes bring 128 bytes of a token; `arrived` is the first stage whose x is not known to be there.
-      const u32 thread = threadIdx.x - 32 * WARPS, c = thread & 7, t = thread >> 3, to = x_place(t, c), stride = (u32)x_stride;
-      static_assert(X_WARPS == 2, "eight tokens at a time");
-      Place arrived = place;
-      auto announce = [&] {
-        show_to_products();
-        __syncwarp();
-        if (lane == 0) arrive(arrived.full());
-        arrived.next();
-      };
+      // Eight lanes bring 128 bytes of a token, and of every ABREAST-th from there on.
+      const u32 thread = threadIdx.x - 32 * WARPS, c = thread & 7, t = thread >> 3;
+      const u32 to = 128 * t + 16 * (c ^ (t & 7)), stride = x_stride / 16;
+      static_assert(ABREAST % 8 == 0, "a lane's places have the same 16 bytes of each row");
       for_chunks(total, per_item, [&](const Chunk&) {
         wait_barrier(about.full(), about.parity);
-        const u32 octets = (load_shared(about.at() + COUNT) + 7) / 8;
-        const u32 tokens = about.at() + TOKENS_AT + 4 * t;
-        const u8* from = x + 16 * c;
-#pragma unroll 1
-        for (int block = 0; block < blocks; block++) {
-          wait_barrier(place.full() + EMPTY, place.parity ^ 1);
-          const u32 there = 64 * block + 8 * c < cols ? 16 : 0;
-          const u32 stage = place.x() + to;
-#pragma unroll 1
-          for (u32 i = 0; i < octets; i += 4) {  // beyond the tokens there are none, as is said there
-            int token[4];
+        const u32 count = load_shared(about.at() + COUNT);
+        u32 units[PASSES];
 #pragma unroll
-            for (int k = 0; k < 4; k++) token[k] = (int)load_shared(tokens + 32 * (i + k));
-#pragma unroll
-            for (int k = 0; k < 4; k++)
-              if (token[k] >= 0) copy_16(stage + 1024 * (i + k), from, token[k], stride, there);
-          }
-#if READERS_FENCE
-          arrive_when_copied(place.full());
-#else
-          end_copies();
-          if (block >= DEPTH) {
-            wait_copies<DEPTH>();
-            announce();
-          }
-#endif
-          place.next();
-          from += 128;
+        for (int i = 0; i < PASSES; i++) {
+          const u32 n = t + ABREAST * i;  // where four tokens are not whole, the first one's x again: nobody looks at the product
+          units[i] = load_shared(about.at() + TOKENS_AT + (n < count ? 4 * n : 0)) * stride + c;
         }
-#if !READERS_FENCE
-        wait_copies<0>();
-#pragma unroll 1
-        for (int block = max(0, blocks - DEPTH); block < blocks; block++) announce();
-#endif
+        __syncwarp();  // all lanes have read what there is about the chunk
         if (lane == 0) arrive(about.full() + CHUNK_EMPTY);
         about.next();
+        const u32 first = 4 * (warp - WARPS), passes = count > first ? (count - first + ABREAST - 1) / ABREAST : 0;
+        gather_in_passes<0>(passes, x, units, to, cols, place);
       });
     } else if (warp == WARPS + X_WARPS) {
       if (lane == 0)
         for_chunks(total, per_item, [&](const Chunk& chunk) {
           const u32 bytes = chunk.n * 1024;
-          const u8* from = digits + (leader ? leader[chunk.item] - first_item : 0) * item_bytes + (u64)chunk.group * 1024;
+          const u8* from = digits + (slot ? slot[chunk.item] : chunk.item) * slot_bytes + (u64)chunk.group * 1024;
 #pragma unroll 1
           for (int block = 0; block < blocks; block++) {
-            wait_barrier(place.full() + EMPTY, place.parity ^ 1);
-            arrive_and_expect(place.full(), bytes);
-            copy_to_shared(place.x() + X_BYTES, from, bytes, place.full());
+            wait_barrier(place.full + EMPTY, place.parity ^ 1);
+            arrive_and_expect(place.full, bytes);
+            copy_to_shared(place.x + X_BYTES, from, bytes, place.full);
             from += per_item * 1024;
             place.next();
           }
@@ -363,7 +347,7 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
         const int expert = item_expert[chunk.item], n_tokens = item_count[chunk.item];
         const int* const tokens = slot_token + item_first[chunk.item];
         u32* const to = (u32*)(shared + (about.at() - SHARED_BASE));
-        wait_barrier(about.full() + CHUNK_EMPTY, about.parity ^ 1);
+        wait_long(about.full() + CHUNK_EMPTY, about.parity ^ 1);
 #pragma unroll 1
         for (int i = lane; i < (int)(64 * chunk.n); i += 32) {
           const int row = 64 * chunk.group + i;
@@ -401,8 +385,8 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
       } else {
 #pragma unroll 1
         for (int block = 0; block < blocks; block++) {
-          wait_barrier(place.full(), place.parity);
-          if (lane == 0) arrive(place.full() + EMPTY);
+          wait_barrier(place.full, place.parity);
+          if (lane == 0) arrive(place.full + EMPTY);
           place.next();
         }
       }

@@ -145,9 +145,6 @@ static unsigned short emulated_bfloat16(float f) {
 static uint64_t __cvta_generic_to_shared(const void* p) { return (const unsigned char*)p - shared + SHARED_BASE; }
 static void __trap() { fail("trap"); }
 
-#ifndef READERS_FENCE
-#define READERS_FENCE 0
-#endif
 static unsigned char* shared_at(unsigned address, unsigned bytes) {
   if (address < SHARED_BASE || address - SHARED_BASE + bytes > shared_size || address % (bytes < 16 ? bytes : 16)) fail("bad address in shared memory");
   return shared + (address - SHARED_BASE);
@@ -188,6 +185,7 @@ static void arrive_and_expect(unsigned address, unsigned bytes) {
 static void wait_barrier(unsigned address, unsigned parity) {
   while (barrier_at(address).phase == (bool)parity) pause();
 }
+static void wait_long(unsigned address, unsigned parity) { wait_barrier(address, parity); }
 
 struct Copy { unsigned to; const unsigned char* from; unsigned bytes, barrier; };
 static std::vector<Copy> copies;
@@ -197,7 +195,7 @@ static void copy_to_shared(unsigned to, const unsigned char* from, unsigned byte
   copies.push_back(Copy{to, from, bytes, barrier});
   moves++;
 }
-static void do_some_copy() {
+static void do_some_bulk_copy() {
   if (copies.empty()) return;
   const size_t i = dice() % copies.size();
   const Copy c = copies[i];
@@ -214,43 +212,61 @@ static void end_barrier(unsigned address) {
   barriers.erase(address);
 }
 
-// Copies of single threads, and what products have not been told of: by 16 bytes, the thread that wrote them, and 1.
-struct Piece { unsigned to; const unsigned char* from; bool done; };
-static std::vector<std::vector<std::vector<Piece>>> pieces;  // by thread and group; the last one is open
-static std::vector<unsigned> untold;
-static void copy_now(unsigned thread, Piece& piece) {
+// Copies of single threads, and the barriers that they arrive at when those before are there: in order for each thread, at random
+// times.
+struct Piece { unsigned to; const unsigned char* from; bool done; unsigned barrier; };  // to 0: an arrival
+static std::vector<std::vector<Piece>> pieces;  // by thread
+// When the 16 bytes were written by such a copy, and when each thread had its products see what was written.
+static std::vector<unsigned long> written, seen;
+static unsigned long now;
+static void copy_now(Piece& piece) {
   if (piece.done) return;
   piece.done = true;
   unsigned char* to = shared_at(piece.to, 16);
   if (piece.from) memcpy(to, piece.from, 16);
   else memset(to, 0, 16);
-  untold[(to - shared) / 16] = thread + 1;
+  written[(to - shared) / 16] = ++now;
 }
-static void copy_16(unsigned to, const unsigned char* from, unsigned row, unsigned stride, unsigned there) {
-  from += (uint64_t)row * stride;
+static void copy_16(unsigned to, const unsigned char* from, unsigned there = 16) {
   if (to % 16 || (there && (uintptr_t)from % 16)) fail("a copy is not on 16-byte boundaries");
   if (there != 0 && there != 16) fail("a copy of neither 0 nor 16 bytes");
   memset(shared_at(to, 16), 0xff, 16);  // undefined until it is there
-  pieces[current].back().push_back(Piece{to, there ? from : nullptr, false});
-  if (dice() % 8 == 0) copy_now(current, pieces[current].back().back());
-}
-static void end_copies() { pieces[current].emplace_back(); }
-template <int N> void wait_copies() {
-  auto& mine = pieces[current];
-  while (mine.size() > N + 1) {
-    for (Piece& piece : mine[0]) copy_now(current, piece);
-    mine.erase(mine.begin());
-  }
-}
-static void show_to_products() {
-  for (unsigned& thread : untold)
-    if (thread == current + 1 || READERS_FENCE) thread = 0;
+  written[(to - SHARED_BASE) / 16] = ++now;
+  pieces[current].push_back(Piece{to, there ? from : nullptr, false, 0});
+  if (dice() % 8 == 0) copy_now(pieces[current].back());
 }
 static void arrive_when_copied(unsigned barrier) {
-  for (Piece& piece : pieces[current].back()) copy_now(current, piece);
-  pieces[current].back().clear();
-  arrive(barrier);
+  pieces[current].push_back(Piece{0, nullptr, false, barrier});
+  moves++;
 }
+static void show_to_products() { seen[current] = now; }
+// What a thread has ordered, up to its next arrival.
+static void do_some_copies_of(unsigned thread) {
+  auto& mine = pieces[thread];
+  for (size_t i = 0; i < mine.size(); i++) {
+    if (mine[i].to) {
+      copy_now(mine[i]);
+      continue;
+    }
+    const unsigned barrier = mine[i].barrier;
+    mine.erase(mine.begin(), mine.begin() + i + 1);
+    current = thread;
+    arrive(barrier);
+    return;
+  }
+}
+static void do_some_copies() {
+  if (dice() % 2) do_some_bulk_copy();
+  for (unsigned thread = 0; thread < pieces.size(); thread++)
+    if (!pieces[thread].empty() && dice() % 4 == 0) do_some_copies_of(thread);
+}
+
+static int atomicCAS(int* at, int old, int v) {
+  const int was = *at;
+  if (was == old) *at = v;
+  return was;
+}
+static int atomicAdd(int* at, int v) { return (*at += v) - v; }
 
 static unsigned load_shared(unsigned address) { unsigned v; memcpy(&v, shared_at(address, 4), 4); return v; }
 static void store_shared(unsigned address, float v) { memcpy(shared_at(address, 4), &v, 4); }
@@ -261,14 +277,14 @@ template <int N> void take_registers() { meet_warp(0); }
 
 // ---- products of a warpgroup ----
 
-struct Product { float* c; const unsigned* a; uint64_t b; int n; };
+struct Product { float* c; const unsigned* a; uint64_t b; int n; unsigned long seen; };
 static std::vector<std::vector<std::vector<Product>>> groups;  // by thread; the last is open
 static void hold(unsigned*, unsigned long long&) {}
 static void hold(unsigned&) {}
 static void hold(float&) {}
 static void begin_products() {}
 static void end_products() { groups[current].emplace_back(); }
-template <int N> void wgmma(float* c, const unsigned* a, unsigned long long b) { groups[current].back().push_back(Product{c, a, b, N}); }
+template <int N> void wgmma(float* c, const unsigned* a, unsigned long long b) { groups[current].back().push_back(Product{c, a, b, N, seen[current]}); }
 
 static double sixteen_bits(unsigned short v) {
 #if X_F16
@@ -304,7 +320,7 @@ static void multiply_now(size_t group, size_t place) {
       if (swizzled) address += n % 8 * 128 + k * 2, address ^= address >> 3 & 0x70;
       else address += k / 8 * along_k + n % 8 * 16 + k % 8 * 2;
       const unsigned char* const at = shared_at(address, 2);
-      if (untold[(at - shared) / 16]) fail("a product reads what it was not told of");
+      if (written[(at - shared) / 16] > p.seen) fail("a product reads what it was not told of");
       memcpy(&x, at, 2);
       if (a[half][k] != 0 || x) sum += a[half][k] * sixteen_bits(x);
     }
@@ -359,8 +375,10 @@ static void run_grid(unsigned grid_x, unsigned grid_y, unsigned threads, unsigne
       block = Meeting();
       for (Meeting& meeting : named) meeting = Meeting();
       groups.assign(threads, {{}});
-      pieces.assign(threads, {{}});
-      untold.assign(MOST_SHARED / 16, 0);
+      pieces.assign(threads, {});
+      written.assign(MOST_SHARED / 16, 0);
+      seen.assign(threads, 0);
+      now = 0;
       for (Fiber& f : fibers) {
         f.stack.resize(1 << 16);
         f.done = false;
@@ -383,7 +401,7 @@ static void run_grid(unsigned grid_x, unsigned grid_y, unsigned threads, unsigne
           if (*failure) throw 1;
           left += !fibers[current].done;
         }
-        if (dice() % 2) do_some_copy();
+        do_some_copies();
         idle = moves == before ? idle + 1 : 0;
         before = moves;
         if (idle > 200) fail("nobody gets on");
@@ -391,7 +409,7 @@ static void run_grid(unsigned grid_x, unsigned grid_y, unsigned threads, unsigne
       if (!copies.empty()) fail("a copy nobody waited for");
       if (!barriers.empty()) fail("a barrier is left");
       for (const auto& thread : pieces)
-        if (thread.size() > 1 || !thread[0].empty()) fail("a thread's copy nobody waited for");
+        if (!thread.empty()) fail("a thread's copy nobody waited for");
     }
 }
 
