@@ -24,14 +24,12 @@ class Options:
     groups : row groups of 64 that a block multiplies at a time, 2 or 3
     share : warpgroups share the columns of chunks of one group
     slots : stages of the ring
-    x_warps : that gather x, 2 or 6
     rows, warps, blocks : of the decoder, per warp, per block and per multiprocessor
     """
 
     groups: int = 0
     share: bool | None = None
     slots: int = 0
-    x_warps: int = 6
     rows: int = 0
     warps: int = 8
     blocks: int = 2
@@ -46,22 +44,7 @@ def fits(experts: GpuExperts, x: torch.Tensor) -> bool:
         x.dtype == {0: torch.bfloat16, 1: torch.float16}.get(experts.level_kind)
         and bool(experts.shape[1])
         and modules.is_sm_90(experts.device)
-        and _plan_decode(experts, 8, _DEFAULT) is not None
-    )
-
-
-def _plan_decode(experts: GpuExperts, rows: int, options: Options) -> plan.DecodePlan | None:
-    if experts.layout is None:
-        return None
-    return plan.plan_decode(
-        experts.layout,
-        cols=experts.shape[2],
-        max_phrase=max(d.max_phrase for d in experts.bank.dictionaries),
-        max_nonzeros=max(p.max_nonzeros for p in experts.bank.phrases),
-        max_shared_bytes=modules.max_shared_bytes(experts.device),
-        rows=options.rows or rows,
-        warps=options.warps,
-        blocks=options.blocks,
+        and experts.decode_plan(8, _DEFAULT.warps, _DEFAULT.blocks) is not None
     )
 
 
@@ -70,7 +53,8 @@ def _plans(experts: GpuExperts, n_decoded: int, n_items: int, options: Options) 
     _, rows, _ = experts.shape
     n_multiprocessors = modules.n_multiprocessors(experts.device)
     least = 32 // experts.layout.lanes if experts.layout is not None else 1
-    decode = _plan_decode(experts, plan.choose_decode_rows(n_decoded * rows, least, n_multiprocessors), options)
+    decode_rows = options.rows or plan.choose_decode_rows(n_decoded * rows, least, n_multiprocessors)
+    decode = experts.decode_plan(decode_rows, options.warps, options.blocks)
     if decode is None:
         raise ValueError("digits need experts of 8-bit codewords whose rows fit into shared memory")
     groups = options.groups or plan.choose_groups(rows)
@@ -82,7 +66,6 @@ def _plans(experts: GpuExperts, n_decoded: int, n_items: int, options: Options) 
         max_shared_bytes=modules.max_shared_bytes(experts.device),
         share=share,
         slots=options.slots,
-        x_warps=options.x_warps,
     )
     return decode, multiply
 

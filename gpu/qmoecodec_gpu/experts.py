@@ -111,6 +111,7 @@ class GpuExperts:
         self._plans: dict[int, plan.GatherPlan | None] = {}
         self._launches: dict[int, plan.Launch | None] = {}
         self._tiles: dict[int, plan.TilePlan | None] = {}
+        self._decoders: dict[tuple[int, int, int], plan.DecodePlan | None] = {}
         self._used_on: set[tuple[int, int]] = set()
         self._fit: dict[torch.dtype, bool] = {}
         self.handle = next(_handles)
@@ -252,15 +253,25 @@ class GpuExperts:
         if self.layout is None or self.level_kind == 2:
             return None
         if max_rows not in self._tiles:
-            self._tiles[max_rows] = plan.plan_tile(
-                self.layout,
-                cols=self.shape[2],
-                max_phrase=max(d.max_phrase for d in self.bank.dictionaries),
-                max_nonzeros=max(p.max_nonzeros for p in self.bank.phrases),
-                max_shared_bytes=modules.max_shared_bytes(self.device),
-                max_rows=max_rows,
-            )
+            self._tiles[max_rows] = plan.plan_tile(self.layout, **self._limits(), max_rows=max_rows)
         return self._tiles[max_rows]
+
+    def decode_plan(self, rows: int, warps: int, blocks: int) -> plan.DecodePlan | None:
+        """Return the plan of the decoder to two-bit digits (`plan.plan_decode`); None where it does not fit."""
+        if self.layout is None or self.level_kind == 2:
+            return None
+        key = rows, warps, blocks
+        if key not in self._decoders:
+            self._decoders[key] = plan.plan_decode(self.layout, **self._limits(), rows=rows, warps=warps, blocks=blocks)
+        return self._decoders[key]
+
+    def _limits(self) -> dict[str, int]:
+        return {
+            "cols": self.shape[2],
+            "max_phrase": max(d.max_phrase for d in self.bank.dictionaries),
+            "max_nonzeros": max(p.max_nonzeros for p in self.bank.phrases),
+            "max_shared_bytes": modules.max_shared_bytes(self.device),
+        }
 
     def decode(
         self, expert: int | None = None, *, dtype: torch.dtype = torch.int8, out: torch.Tensor | None = None

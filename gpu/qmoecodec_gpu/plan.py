@@ -298,28 +298,26 @@ class MultiplyPlan:
 
     groups : of 64 rows, one for each warpgroup
     slots : stages that the ring holds
-    x_warps : that gather x
     share : warpgroups share the columns of chunks of one group
     """
 
     groups: int
     slots: int
-    x_warps: int
     share: bool
     shared_bytes: int
 
     @property
     def threads(self) -> int:
         """Threads per block."""
-        return 128 * self.groups + 32 * (self.x_warps + 2)
+        return 128 * (self.groups + 2)
 
     def macros(self, *, is_f16: bool) -> dict[str, int]:
         """Return the macros that the kernel is compiled with."""
-        macros = {"X_F16": int(is_f16), "LEVEL_KIND": int(is_f16), "GROUPS": self.groups, "SLOTS": self.slots}
-        return macros | {"X_WARPS": self.x_warps, "SHARE": int(self.share)}
+        types = {"X_F16": int(is_f16), "LEVEL_KIND": int(is_f16)}
+        return types | {"GROUPS": self.groups, "SLOTS": self.slots, "SHARE": int(self.share)}
 
 
-def plan_multiply(groups: int, *, max_shared_bytes: int, share: bool = False, slots: int = 0, x_warps: int = 6) -> MultiplyPlan:
+def plan_multiply(groups: int, *, max_shared_bytes: int, share: bool = False, slots: int = 0) -> MultiplyPlan:
     """Plan the product with two-bit digits.
 
     slots : 0 for as many as fit
@@ -327,7 +325,7 @@ def plan_multiply(groups: int, *, max_shared_bytes: int, share: bool = False, sl
     slot = 128 * DIGITS_TOKENS + 1024 * groups + 16  # and two barriers
     other = 2 * (256 * groups + 8 * DIGITS_TOKENS + 16) + 64 + (128 * DIGITS_TOKENS if share else 0)
     slots = slots or (max_shared_bytes - other) // slot
-    return MultiplyPlan(groups, slots, x_warps, share, slots * slot + other)
+    return MultiplyPlan(groups, slots, share, slots * slot + other)
 
 
 def choose_groups(rows: int) -> int:

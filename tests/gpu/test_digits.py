@@ -54,7 +54,7 @@ def test_shapes(case, bank, guarded, hopper, name, dtype):
     assert guarded.count("multiply_digits") >= 7
 
 
-@pytest.mark.parametrize("which", ["groups 2", "groups 3", "share", "short", "2 x warps", "rows 1", "12 warps", "16x1"])
+@pytest.mark.parametrize("which", ["groups 2", "groups 3", "share", "short", "rows 1", "12 warps", "16x1"])
 def test_forms(case, bank, hopper, which):
     """Every number of row groups, whatever the shape would choose; short rings; the decoder's forms."""
     from qmoecodec_gpu import digits
@@ -64,7 +64,6 @@ def test_forms(case, bank, hopper, which):
         "groups 3": digits.Options(groups=3, share=False),
         "share": digits.Options(groups=3, share=True),
         "short": digits.Options(groups=3, share=False, slots=3),
-        "2 x warps": digits.Options(x_warps=2),
         "rows 1": digits.Options(rows=1),
         "12 warps": digits.Options(rows=4, warps=12),
         "16x1": digits.Options(rows=8, warps=16, blocks=1),

@@ -211,12 +211,11 @@ LONG = pytest.mark.long
 
 @pytest.mark.parametrize("groups", [pytest.param(2, marks=LONG), 3])
 @pytest.mark.parametrize("slots", [3, pytest.param(8, marks=LONG)])
-@pytest.mark.parametrize("x_warps", [2, 6])
-def test_ring(run, bank, groups, slots, x_warps):
+def test_ring(run, bank, groups, slots):
     """Short rings, which go round often, and every number of row groups per block; chunks across items."""
     from qmoecodec_gpu import digits
 
-    options = digits.Options(groups=groups, slots=slots, share=False, x_warps=x_warps)
+    options = digits.Options(groups=groups, slots=slots, share=False)
     run(np.random.default_rng(52), (3, 333, 296), (16, 64, 30, 100), dictionary=bank["8 bit, .885"](), options=options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -69,6 +70,13 @@ class Decoder:
         self._position += 1
 
 
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream per device: torch's own for captures belongs to the device of the first capture of all, and cuBLAS keeps a
+    workspace, 32 MiB on Hopper, for every stream that it was used on."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Capture a step on a device in a CUDA graph and return what replays it.
 
@@ -77,8 +85,7 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
     """
     graph = torch.cuda.CUDAGraph()
     try:
-        # A stream of this device: torch's own for captures belongs to the device of the first capture of all.
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+        with torch.cuda.graph(graph, stream=_capture_stream(device)):
             step()
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]

@@ -33,19 +33,15 @@
 #ifndef SHARE
 #define SHARE 0        // warpgroups share the columns of chunks of one group
 #endif
-#ifndef X_WARPS
-#define X_WARPS 6      // that gather x, 2 or 6
-#endif
 #ifndef SHARED_BASE
 #define SHARED_BASE 1024
 #endif
 
 constexpr int MAX_TOKENS = 128, SUMS = MAX_TOKENS / 2;  // per thread
-constexpr int WARPS = 4 * GROUPS, HELPERS = X_WARPS + 2, THREADS = 32 * (WARPS + HELPERS);
-static_assert(HELPERS % 4 == 0, "whole warpgroups");
+constexpr int WARPS = 4 * GROUPS, X_WARPS = 6, HELPERS = X_WARPS + 2, THREADS = 32 * (WARPS + HELPERS);
 // Registers per thread: the warpgroups that fill the ring keep FEW, so that no copy waits until another has read its address; the
 // others share the rest.
-constexpr int FEW = X_WARPS == 2 ? 64 : 40, MANY = (65536 / THREADS / 8 * 8 * THREADS - 32 * HELPERS * FEW) / (128 * GROUPS) / 8 * 8;
+constexpr int FEW = 40, MANY = (65536 / THREADS / 8 * 8 * THREADS - 32 * HELPERS * FEW) / (128 * GROUPS) / 8 * 8;
 constexpr int ABREAST = 4 * X_WARPS, PASSES = (MAX_TOKENS + ABREAST - 1) / ABREAST;  // tokens of x at a time, eight lanes each
 constexpr u32 X_BYTES = 128 * MAX_TOKENS, SLOT_BYTES = X_BYTES + 1024 * GROUPS;  // of a stage: x, digits
 constexpr u32 BARRIERS = SHARED_BASE + SLOTS * SLOT_BYTES, EMPTY = 8 * SLOTS;    // full ones, EMPTY further empty ones
@@ -62,7 +58,8 @@ constexpr u32 STEP = 2;
 constexpr u32 CHUNK_BARRIERS = BARRIERS + 2 * EMPTY, CHUNK_EMPTY = 16, CHUNKS = (CHUNK_BARRIERS + 32 + 15) / 16 * 16;
 constexpr u32 LEVELS = 0, TOKENS_AT = 256 * GROUPS, SCALES = TOKENS_AT + 4 * MAX_TOKENS, COUNT = SCALES + 4 * MAX_TOKENS;
 constexpr u32 CHUNK_BYTES = COUNT + 16;
-constexpr u32 PARTS = CHUNKS + 2 * CHUNK_BYTES;  // with SHARE, half of a warpgroup's sums
+constexpr u32 ENDED = CHUNKS + 2 * CHUNK_BYTES;  // warps that have ended
+constexpr u32 PARTS = ENDED + 16;                // with SHARE, half of a warpgroup's sums
 static_assert(GROUPS < 4, "registers do not suffice for more; only chunks of one group are shared, and by all warpgroups");
 
 extern __shared__ __align__(1024) u8 shared[];  // ring, barriers, chunks, parts
@@ -276,12 +273,15 @@ template <int N> __device__ __forceinline__ void gather_in_passes(u32 passes, co
   else if constexpr (N < PASSES) gather_in_passes<N + 1>(passes, from, units, to, cols, place);
 }
 
-// Barriers are no longer used by any warp: leave none behind.
-__device__ __forceinline__ void end_barriers() {
+// The last warp to end leaves no barriers behind: tools that look for misuse count them.
+__device__ __forceinline__ void end_warp() {
   __syncwarp();
-  meet<2>(THREADS);
-  if (threadIdx.x < 2 * SLOTS) end_barrier(BARRIERS + 8 * threadIdx.x);
-  else if (threadIdx.x < 2 * SLOTS + 4) end_barrier(CHUNK_BARRIERS + 8 * (threadIdx.x - 2 * SLOTS));
+  const u32 lane = thread_number() & 31;
+  int before = 0;
+  if (lane == 0) before = atomicAdd((int*)(shared + (ENDED - SHARED_BASE)), 1);
+  if (__shfl_sync(FULL_WARP, before, 0) != WARPS + HELPERS - 1) return;
+  for (int i = lane; i < 2 * SLOTS; i += 32) end_barrier(BARRIERS + 8 * i);
+  if (lane < 4) end_barrier(CHUNK_BARRIERS + 8 * lane);
 }
 
 // Items first_item to first_item + max_items - 1, as far as there are.  slot: where the digits of an item's expert stand, as
@@ -297,6 +297,7 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
   const u32 per_item = (rows + 63) / 64, total = per_item * max(0, min(*n_items - first_item, max_items));
   if (threadIdx.x < 2 * SLOTS) init_barrier(BARRIERS + 8 * threadIdx.x, threadIdx.x < SLOTS ? 32 * X_WARPS + 1 : WARPS);
   if (threadIdx.x < 4) init_barrier(CHUNK_BARRIERS + 8 * threadIdx.x, threadIdx.x < 2 ? 32 : WARPS + X_WARPS);
+  if (threadIdx.x == 0) *(int*)(shared + (ENDED - SHARED_BASE)) = 0;
   publish_barriers();
   __syncthreads();
 
@@ -364,7 +365,7 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
         about.next();
       });
     }
-    end_barriers();
+    end_warp();
   } else {
     take_registers<MANY>();
     const Output out{y, y_stride, relu, rows};
@@ -394,6 +395,6 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
       if (lane == 0) arrive(about.full() + CHUNK_EMPTY);
       about.next();
     });
-    end_barriers();
+    end_warp();
   }
 }
