@@ -36,7 +36,7 @@ POISON = 0xA5
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 VECTOR_PARTS = 6
 #: Kernels whose items stand in the order in which threads came.
-IN_ANY_ORDER = ("route_tokens", "find_leaders", "decode_digits")
+IN_ANY_ORDER = ("route_tokens", "list_experts", "decode_digits")
 #: Kernels with barriers in shared memory.
 WITH_BARRIERS = ("multiply_digits",)
 
@@ -320,11 +320,12 @@ CASES: dict[str, dict[str, Case]] = {
         "table of 16 bit, recoded": Case(paper_table, (2, 7, 600), (1, 9), recode=True),
         "too sparse for the gather kernel": Case(lambda: symmetric(0.99), (2, 7, 9000), (1, 9), sparse=0.99),
     },
-    HOPPER: {  # odd columns where tiles are few: tile.cu would take even ones
+    HOPPER: {  # odd columns where items are few: tile.cu would take even ones
         "10, 28, 58 and 14 + 64 tokens": Case(lambda: symmetric(0.885), (1, 200, 521), (12, 30, 60, 80)),
-        "tiles of 128 rows": Case(lambda: symmetric(0.885), (2, 17000, 64), (70,)),
-        "wide tiles": Case(lambda: symmetric(0.885), (2, 9000, 64), (130,)),
-        "one small block per multiprocessor": Case(lambda: symmetric(0.885), (1, 70, 9001), (40,)),
+        "several items per expert": Case(lambda: symmetric(0.885), (3, 130, 521), (300,)),
+        "many rows, columns not shared": Case(lambda: symmetric(0.885), (8, 13000, 64), (100,)),
+        "16 lanes": Case(lambda: symmetric(0.885), (1, 70, 3073), (20,)),
+        "32 lanes, several blocks of words": Case(lambda: symmetric(0.885), (1, 70, 9001), (40,)),
         "odd columns, several blocks of words": Case(lambda: symmetric(0.8), (2, 70, 1031), (30,), sparse=0.8),
         "float16": Case(lambda: symmetric(0.885), (2, 130, 521), (30, 70), levels="float16", x="float16"),
         "7 nonzeros": Case(lambda: symmetric(1 / 3), (2, 70, 1033), (30, 66), sparse=1 / 3),
@@ -498,7 +499,8 @@ def uncovered(forms: set[tuple[str, ...]]) -> list[str]:
         "gather.cu": {"NZ": "2357", "LANES": ("4", "8", "16", "32"), "ONE": "01", "MAX_TOK": "148", "X_F16": "01",
                       "LEVEL_KIND": "012"},
         "tile.cu": {"GROUPS": "124", "NZ": "257", "X_F16": "01"},
-        "tile_sm90.cu": {"HALVES": "12", "THREADS": ("256", "512"), "NZ": "237", "X_F16": "01", "ONE": "01"},
+        "decode_digits.cu": {"NZ": "237", "LANES": ("4", "8", "16", "32"), "ONE": "01"},
+        "multiply_digits.cu": {"GROUPS": "23", "SHARE": "01", "X_F16": "01"},
         "rows.cu": {"OUT_BYTES": "12", "TOK": "1248", "X_F16": "01", "LEVEL_KIND": "012"},
     }  # fmt: skip
     for file, macros in wanted.items():
@@ -533,8 +535,6 @@ def main() -> int:
     parser.add_argument("--tools", default=",".join(TOOLS))
     parser.add_argument("--jobs", type=int, default=8, help="recordings, and processes under a tool, at a time (8)")
     parser.add_argument("--lists", default="", help="record and replay these lists alone, such as hopper,types")
-    help_text = "also replay Hopper's list under synccheck in one process, with each of these --num-cuda-barriers"
-    parser.add_argument("--synccheck-barriers", default="", metavar="N,..", help=help_text)
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one process (600)")
     parser.add_argument("--no-vectors", action="store_true", help="leave the conformance vectors out")
     parser.add_argument("--logs", type=pathlib.Path, help="a folder for the tools' whole output")
@@ -579,9 +579,8 @@ def run(folder: pathlib.Path, logs: pathlib.Path, arguments: argparse.Namespace)
     what = "not asked, with --lists" if arguments.lists else ", ".join(missing) or "none"
     print(f"{len(forms)} kernels and forms; not reached: {what}", flush=True)
 
-    def check(tool: str, title: str, *options: str, barriers: str = "") -> tuple[str, int | None, float, list[str]]:
-        more = ["--num-cuda-barriers", barriers] if barriers else []
-        command = ["compute-sanitizer", "--tool", tool, *more, "--error-exitcode", "1", sys.executable,
+    def check(tool: str, title: str, *options: str) -> tuple[str, int | None, float, list[str]]:
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable,
                    str(ROOT / "tools" / "bench" / "gpu_replay.py"), str(folder), *options]  # fmt: skip
         log = logs / (re.sub(r"\W+", "-", f"{tool} {title}".rstrip()) + ".log")
         start = time.monotonic()
@@ -604,8 +603,6 @@ def run(folder: pathlib.Path, logs: pathlib.Path, arguments: argparse.Namespace)
         if "synccheck" in tools:
             for part in parts(folder / HOPPER):
                 work.append(functools.partial(check, "synccheck", f"{HOPPER} {part}", *only, "--launches", part))
-            for value in filter(None, arguments.synccheck_barriers.split(",")):
-                work.append(functools.partial(check, "synccheck", f"{HOPPER} {value} barriers", *only, barriers=value))
     with concurrent.futures.ThreadPoolExecutor(max(1, arguments.jobs)) as pool:
         for name, status, seconds, lines in pool.map(lambda one: one(), work):
             summary = [line.lstrip("= ") for line in lines if "SUMMARY" in line or "replayed" in line or "DIFFERENT" in line][:20]
