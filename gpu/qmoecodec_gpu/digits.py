@@ -87,12 +87,10 @@ def launch(
     *,
     relu: bool = False,
     scale: torch.Tensor | None = None,
-    is_one_expert: bool = False,
     options: Options = _DEFAULT,
 ) -> None:
     """Queue the large items, of up to `plan.DIGITS_TOKENS` tokens. Trusts its arguments, of which `fits` says whether they do.
 
-    is_one_expert : all large items are of one expert, which is decoded once
     May be captured in a CUDA graph once it has run for these experts and this number of tokens.
     """
     n_experts, rows, cols = experts.shape
@@ -100,9 +98,9 @@ def launch(
         return
     device, p, i32 = experts.device, modules.pointer, modules.i32
     expert_bytes = -(-cols // 64) * -(-rows // 64) * 1024
-    n_decoded = 1 if is_one_expert else min(n_experts, items.max_large)
+    n_decoded = min(n_experts, items.max_large)
     at_once = items.max_large
-    if n_decoded * expert_bytes > SCRATCH_BYTES and not is_one_expert:
+    if n_decoded * expert_bytes > SCRATCH_BYTES:
         n_decoded = at_once = min(at_once, max(1, SCRATCH_BYTES // expert_bytes))
     decode, multiply = _plans(experts, n_decoded, at_once, options)
     x = _aligned(x)
@@ -120,7 +118,7 @@ def launch(
     n_parts = -(-items.max_large // at_once)
     # Where an expert may have several items, the experts of each part are listed, and each is decoded once.
     slot = None
-    if items.n_tokens > items.largest and at_once > 1 and not is_one_expert:
+    if items.n_tokens > items.largest and at_once > 1:
         lists = torch.empty(2 * items.max_large + n_parts * (1 + n_experts), dtype=torch.int32, device=device)
         listed, slot, n_listed = lists, lists[items.max_large :], lists[2 * items.max_large :]
         modules.launch(
@@ -180,7 +178,7 @@ def launch(
                 p(slot),
                 i32(first),
                 i32(count),
-                0 if is_one_expert else expert_bytes,
+                expert_bytes,
             ),
             shared_bytes=multiply.shared_bytes,
         )

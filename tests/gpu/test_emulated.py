@@ -129,9 +129,8 @@ def run(emulated, guarded_empty, case):
     return run_and_compare
 
 
-def check_product(case, buffers, rng, shape, counts, *, dictionary, options=None, one=False, parts=1, relu=False, scale=False):
+def check_product(case, buffers, rng, shape, counts, *, dictionary, options=None, parts=1, relu=False, scale=False):
     """counts : tokens of each item; item i is of expert i % experts
-    one : decode one expert for all items
     parts : of the items, each with its scratch
     """
     from qmoecodec_gpu import digits
@@ -174,18 +173,18 @@ def check_product(case, buffers, rng, shape, counts, *, dictionary, options=None
     y = torch.full((n_tokens * rows + GUARD,), float("nan"), dtype=torch.bfloat16)
     target = y[: n_tokens * rows].view(n_tokens, rows)
     options = options or digits.Options()
-    digits.launch(experts, items, x, target, relu=relu, scale=factors, is_one_expert=one, options=options)
+    digits.launch(experts, items, x, target, relu=relu, scale=factors, options=options)
     assert bool(y[n_tokens * rows :].isnan().all())
     (scratch,) = buffers
 
     blocks, padded = -(-cols // 64), -(-rows // 64) * 64
     item_bytes = blocks * padded * 16
-    assert len(scratch) - GUARD == (1 if one else min(n_experts, -(-most // parts))) * item_bytes
-    if one or n_tokens <= plan.DIGITS_TOKENS:  # else experts stand in any order
+    assert len(scratch) - GUARD == min(n_experts, -(-most // parts)) * item_bytes
+    if n_experts == 1 or n_tokens <= plan.DIGITS_TOKENS:  # else experts stand in any order
         found = scratch[:-GUARD].numpy().view(np.uint32).reshape(-1, blocks, padded, 4)
         inside = expected_digits(np.ones((rows, cols), np.int8), padded, blocks)
         inside |= inside >> 1
-        for i in range(min(n, n_experts)):  # the leaders
+        for i in range(min(n, n_experts)):
             want = expected_digits(data.digits[i % n_experts], padded, blocks)
             np.testing.assert_array_equal((found[i] & inside)[:, :rows], want[:, :rows])
             assert not (found[i] & found[i] >> 1 & 0x55555555)[:, :rows].any()  # no 3, also beyond the row
@@ -227,8 +226,8 @@ def test_shared_columns(run, bank, groups, cols):
 
     options = digits.Options(groups=groups, share=True, slots=groups + 1, rows=2)
     rng = np.random.default_rng(54)
-    for counts in ((40,), (30, 9), (128, 20, 64)):
-        run(rng, (1, 170, cols), counts, dictionary=bank["8 bit, .885"](), options=options, one=True)
+    for counts in ((40,), (128, 9), (128, 20, 64)):
+        run(rng, (1, 170, cols), counts, dictionary=bank["8 bit, .885"](), options=options)
 
 
 def test_few(emulated, run, bank):
