@@ -221,6 +221,7 @@ __device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 di
     else if (octets <= 8) queue<64>(c, a, b);
     else queue<128>(c, a, b);
     wait_products<1>();
+    __syncwarp();  // the products have met already; this says so to tools that look for races
     if (before && lane == 0) arrive(before + EMPTY);
     before = stage.barrier;
     if (SHARE) {
@@ -240,6 +241,7 @@ __device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 di
   wait_products<0>();
 #pragma unroll
   for (int i = 0; i < SUMS; i++) hold(c[i]);
+  __syncwarp();
   if (before && lane == 0) arrive(before + EMPTY);
   if (SHARE && parts > 1) add_parts(c, octets, part, parts);
   if (part == 0) store(c, octets, at, first_group, out);
