@@ -221,7 +221,7 @@ __device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 di
     else if (octets <= 8) queue<64>(c, a, b);
     else queue<128>(c, a, b);
     wait_products<1>();
-    __syncwarp();  // the products have met already; this says so to tools that look for races
+    __syncwarp();  // all lanes have read the stage's digits
     if (before && lane == 0) arrive(before + EMPTY);
     before = stage.barrier;
     if (SHARE) {
