@@ -103,6 +103,21 @@ def test_dictionaries(case, bank, hopper):
     multiply_and_compare(experts, data, (100, 400), torch.bfloat16, rng)
 
 
+def test_wide(case, bank, hopper):
+    """Rows too long for eight tokens in the gather kernel: items of five and more are large."""
+    from qmoecodec_gpu import matvec, plan
+
+    rng = np.random.default_rng(67)
+    data = case((3, 70, 14335), 0.885, bank["8 bit, .885"](), rng)
+    experts = hopper.experts.load(data.encoded, torch.from_numpy(data.levels).bfloat16())
+    dense = torch.from_numpy(data.dense()).cuda()
+    for n in (5, 9, 20, 150):
+        x = torch.randn(n, 14335, device="cuda").bfloat16()
+        numbers = torch.from_numpy(rng.integers(3, size=n)).cuda()
+        assert matvec.choose_sizes((experts, x)) == (plan.DIGITS_TOKENS, 5)
+        products.check(matvec.grouped_matvec(experts, x, numbers), dense, x, numbers)
+
+
 def test_one_expert(case, bank, guarded, hopper):
     """Several items of one expert, which is decoded once."""
     rng = np.random.default_rng(63)

@@ -230,6 +230,12 @@ def test_shared_columns(run, bank, groups, cols):
         run(rng, (1, 170, cols), counts, dictionary=bank["8 bit, .885"](), options=options)
 
 
+@LONG
+def test_wide(run, bank):
+    """Rows that leave room for few of them at a time."""
+    run(np.random.default_rng(56), (3, 70, 14335), (5, 6, 40), dictionary=bank["8 bit, .885"]())
+
+
 def test_few(emulated, run, bank):
     """No expert can have two items: nothing is listed, and each item has digits of its own."""
     run(np.random.default_rng(55), (4, 70, 136), (12, 64, 9), dictionary=bank["8 bit, .885"]())
