@@ -1,8 +1,11 @@
-"""Comparing products on the device with float64."""
+"""Comparing products with float64."""
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what imports this may be collected where torch is not, and skipped
+    import torch
 
 
 def check(
@@ -16,7 +19,7 @@ def check(
 ) -> None:
     """y[t] is scale[t] * relu(dense[numbers[t]] @ x[t]), within the rounding of 16-bit output and float32 sums; 0 for number -1.
 
-    dense : float64[experts, rows, cols] on the device
+    dense : float64[experts, rows, cols] where y, x and the numbers are
     Expert by expert: a matrix for each token would take gigabytes.
     """
     assert y.shape == (len(x), dense.shape[1])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from qmoecodec_gpu import plan
+from tests.gpu import products
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "emulation"))
 import build
@@ -188,14 +189,7 @@ def check_product(case, buffers, rng, shape, counts, *, dictionary, options=None
             want = expected_digits(data.digits[i % n_experts], padded, blocks)
             np.testing.assert_array_equal((found[i] & inside)[:, :rows], want[:, :rows])
             assert not (found[i] & found[i] >> 1 & 0x55555555)[:, :rows].any()  # no 3, also beyond the row
-    dense, wide = data.dense(), x.double().numpy()
-    exact = np.einsum("trc,tc->tr", dense[expert_of], wide)
-    bound = 2.0**-8 * np.abs(exact) + 1e-5 * np.einsum("trc,tc->tr", np.abs(dense[expert_of]), np.abs(wide)) + 1e-6
-    if relu:
-        exact = np.maximum(exact, 0)
-    if factors is not None:
-        exact, bound = exact * factors.numpy()[:, None], bound * factors.numpy()[:, None]
-    assert (np.abs(target.double().numpy() - exact) <= bound).all()
+    products.check(target, torch.from_numpy(data.dense()), x, torch.from_numpy(expert_of), relu=relu, scale=factors)
 
 
 @pytest.mark.parametrize("name", ["8 bit, .885", "8 bit, 1/3", "8 bit, table"])

@@ -1,6 +1,6 @@
-// CUDA on the host, as far as the tile kernels need it: the threads of a block are fibers that take turns in random order; bulk
-// copies arrive at random times; products of a warpgroup read their operands when they are waited for, as late as Hopper may.
-// A block that no longer gets on is reported, as is an access beyond shared memory.
+// CUDA on the host, as far as the kernels for digits and the quantizer's need it: the threads of a block are fibers that take
+// turns in random order; bulk copies arrive at random times; products of a warpgroup read their operands when they are waited
+// for, as late as Hopper may.  A block that no longer gets on is reported, as is an access beyond shared memory.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -18,7 +18,6 @@
 #define __shared__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __maxnreg__(n)
 #define __align__(n) __attribute__((aligned(n)))
 #define threadIdx (Dim3{current, 0, 0})
 
@@ -296,14 +295,12 @@ static double sixteen_bits(unsigned short v) {
 #endif
 }
 
-// wgmma m64nNk16: this thread's part of one product, from the fragments of its warp's lanes and x in core matrices of 8 x 8, or
-// in swizzled rows of 128 bytes.
+// wgmma m64nNk16: this thread's part of one product, from the fragments of its warp's lanes and x in swizzled rows of 128 bytes.
 static void multiply_now(size_t group, size_t place) {
   const Product& p = groups[current][group][place];
   const unsigned lane = current % 32, first = current - lane, g = lane / 4, t = lane % 4;
-  const unsigned start = (p.b & 0x3fff) * 16, along_k = (p.b >> 16 & 0x3fff) * 16, along_n = (p.b >> 32 & 0x3fff) * 16;
-  const bool swizzled = p.b >> 62 == 1;
-  if (p.b >> 62 > 1 || (swizzled && (along_n != 1024 || start % 1024 >= 128))) fail("no such layout");
+  const unsigned start = (p.b & 0x3fff) * 16;
+  if (p.b >> 62 != 1 || (p.b >> 32 & 0x3fff) * 16 != 1024 || start % 1024 >= 128) fail("no such layout");
   double a[2][16];
   for (unsigned k = 0; k < 16; k++)
     for (unsigned half = 0; half < 2; half++) {
@@ -316,9 +313,8 @@ static void multiply_now(size_t group, size_t place) {
     double sum = p.c[i];
     for (unsigned k = 0; k < 16; k++) {
       unsigned short x;
-      unsigned address = start + n / 8 * along_n;
-      if (swizzled) address += n % 8 * 128 + k * 2, address ^= address >> 3 & 0x70;
-      else address += k / 8 * along_k + n % 8 * 16 + k % 8 * 2;
+      unsigned address = start + n * 128 + k * 2;
+      address ^= address >> 3 & 0x70;
       const unsigned char* const at = shared_at(address, 2);
       if (written[(at - shared) / 16] > p.seen) fail("a product reads what it was not told of");
       memcpy(&x, at, 2);
