@@ -116,10 +116,6 @@ template <int N> __device__ __forceinline__ void take_registers() { asm volatile
 
 // c += a * b: 64 rows x 16 columns, from registers, by 16 columns x N tokens, which the descriptor b names.
 template <int N> __device__ __forceinline__ void wgmma(float* c, const u32* a, u64 b);
-template <> __device__ __forceinline__ void wgmma<16>(float* c, const u32* a, u64 b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n16k16." TYPES " {" L8(0, 1, 2, 3, 4, 5, 6, 7) "},"
-               "{%8,%9,%10,%11},%12,1,1,1,0;" : F8(0) : A_AND_B);
-}
 template <> __device__ __forceinline__ void wgmma<32>(float* c, const u32* a, u64 b) {
   asm volatile("wgmma.mma_async.sync.aligned.m64n32k16." TYPES " {" L8(0, 1, 2, 3, 4, 5, 6, 7) "," L8(8, 9, 10, 11, 12, 13, 14, 15)
                "},{%16,%17,%18,%19},%20,1,1,1,0;" : F16(0) : A_AND_B);
