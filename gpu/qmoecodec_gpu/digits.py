@@ -42,8 +42,9 @@ def fits(experts: GpuExperts, x: torch.Tensor) -> bool:
     """Whether `launch` takes these experts and such x."""
     return (
         x.dtype == {0: torch.bfloat16, 1: torch.float16}.get(experts.level_kind)
-        and bool(experts.shape[1])
+        and 0 < experts.shape[1] < 1 << 27  # a block of columns takes 16 bytes per row, counted in 32 bits
         and modules.is_sm_90(experts.device)
+        and 2 * len(x) * max(x.stride(0), _padded(x.shape[1])) <= 1 << 36  # so does x, in units of 16 bytes
         and experts.decode_plan(8, _DEFAULT.warps, _DEFAULT.blocks) is not None
     )
 
@@ -70,11 +71,15 @@ def _plans(experts: GpuExperts, n_decoded: int, n_items: int, options: Options) 
     return decode, multiply
 
 
+def _padded(cols: int) -> int:
+    return -(-cols // 8) * 8
+
+
 def _aligned(x: torch.Tensor) -> torch.Tensor:
     """Return x, or a copy, with rows on 16-byte boundaries and of a multiple of 8 columns, the further ones 0."""
     if x.shape[1] % 8 == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
         return x
-    padded = x.new_zeros((len(x), -(-x.shape[1] // 8) * 8))
+    padded = x.new_zeros((len(x), _padded(x.shape[1])))
     padded[:, : x.shape[1]] = x
     return padded
 
@@ -104,8 +109,6 @@ def launch(
         n_decoded = at_once = min(at_once, max(1, SCRATCH_BYTES // expert_bytes))
     decode, multiply = _plans(experts, n_decoded, at_once, options)
     x = _aligned(x)
-    if 2 * len(x) * x.stride(0) > 1 << 36:
-        raise ValueError(f"rows of x lie in {2 * len(x) * x.stride(0)} bytes, more than 64 GiB; take fewer tokens at a time")
     scratch = torch.empty(n_decoded * expert_bytes, dtype=torch.uint8, device=device)
     n_items, item_expert, slot_token = items.n_items[4:], items.item_expert[4], items.item_tokens[4]
     item_first, item_count = slot_token[6 * items.n_tokens :], slot_token[7 * items.n_tokens :]

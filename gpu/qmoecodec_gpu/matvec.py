@@ -76,7 +76,7 @@ def route(expert: torch.Tensor, *, n_experts: int, largest: int, least: int = pl
 
     expert : int64[tokens]    -1 for a token that is dropped; a number that does not exist makes y NaN
     largest : 1, 2, 4 or 8 tokens, or more for large items
-    least : tokens of the smallest large item; both from `choose_sizes`
+    least : tokens of the smallest large item, if there are any; both from `choose_sizes`
     """
     check_expert(expert)
     if largest not in (*plan.TOKEN_CLASSES, plan.TILE_TOKENS, plan.DIGITS_TOKENS):
@@ -85,6 +85,8 @@ def route(expert: torch.Tensor, *, n_experts: int, largest: int, least: int = pl
         raise ValueError(f"large items have 5 to {plan.TOKEN_CLASSES[-1] + 1} tokens at least, not {least}")
     if len(expert) >= 1 << 28 or not 0 <= n_experts < 1 << 31:
         raise ValueError(f"{len(expert)} tokens cannot be routed to {n_experts} experts at once")
+    if largest <= plan.TOKEN_CLASSES[-1]:
+        least = plan.TOKEN_CLASSES[-1] + 1  # there are no large items, and the kernel asks for no `least`
     tokens, device = len(expert), expert.device
     expert = expert.contiguous()
     lists = torch.empty(8 + 45 * tokens, dtype=torch.int32, device=device)
@@ -174,7 +176,7 @@ def run(
     elif (items.n_tokens, items.n_experts) != (x.shape[0], experts.shape[0]) or items.n_items.device != x.device:
         raise ValueError(f"{items.n_tokens} tokens were routed to {items.n_experts} experts; this is {tuple(x.shape)}, {experts}")
     if isinstance(items, Route) and items.max_large and not _takes(experts, x, items.largest):
-        raise ValueError(f"items of {items.largest} tokens need experts of 8-bit codewords, levels of x's type and aligned x")
+        raise ValueError(f"items of {items.largest} tokens need fitting experts, levels of x's type and x aligned, within 64 GiB")
     if y.shape != (x.shape[0], experts.shape[1]) or y.dtype != x.dtype or y.device != x.device or not y.is_contiguous():
         raise ValueError(f"y must be a contiguous {x.dtype} tensor [tokens, {experts.shape[1]}]")
     check_apart(x, y, "y")

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import itertools
 import pathlib
 import shutil
 import sys
@@ -130,26 +131,35 @@ def run(emulated, guarded_empty, case):
     return run_and_compare
 
 
+def make_experts(data, dictionary):
+    """Put experts into the host's memory as `GpuExperts.load` puts them into the device's."""
+    from qmoecodec_gpu.experts import Bank, GpuExperts
+
+    words = (data.encoded.row_lengths.astype(np.int64) + 3) >> 2
+    layout, arrays = None, [np.zeros(0, t) for t in (np.uint32, np.uint64, np.uint32)]
+    if data.digits.size:
+        layout = plan.choose_layout(least_words=int(words.min()), mean_words=float(words.mean()), most_words=int(words.max()))
+        arrays = lay_out(data.encoded, layout)
+    signed = [a.view(a.dtype.str.replace("u", "i")) for a in arrays]
+    codes, expert_start, row_start = (torch.from_numpy(a) for a in signed)
+    levels = torch.from_numpy(data.levels).bfloat16().flatten()
+    bank = Bank.upload((dictionary,), torch.device("cpu"))
+    return GpuExperts(
+        shape=data.encoded.shape, bank=bank, dictionary_index=torch.zeros(data.encoded.shape[0], dtype=torch.uint8), codes=codes,
+        expert_start=expert_start, row_start=row_start, levels=levels.view(torch.uint8), level_kind=0, layout=layout,
+    )  # fmt: skip
+
+
 def check_product(case, buffers, rng, shape, counts, *, dictionary, options=None, parts=1, relu=False, scale=False):
     """counts : tokens of each item; item i is of expert i % experts
     parts : of the items, each with its scratch
     """
     from qmoecodec_gpu import digits
-    from qmoecodec_gpu.experts import Bank, GpuExperts
     from qmoecodec_gpu.matvec import Route
 
     n_experts, rows, cols = shape
     data = case(shape, 0.8, dictionary, rng)
-    words = (data.encoded.row_lengths.astype(np.int64) + 3) >> 2
-    layout = plan.choose_layout(least_words=int(words.min()), mean_words=float(words.mean()), most_words=int(words.max()))
-    signed = [a.view(a.dtype.str.replace("u", "i")) for a in lay_out(data.encoded, layout)]
-    codes, expert_start, row_start = (torch.from_numpy(a) for a in signed)
-    levels = torch.from_numpy(data.levels).bfloat16()
-    bank = Bank.upload((dictionary,), torch.device("cpu"))
-    experts = GpuExperts(
-        shape=shape, bank=bank, dictionary_index=torch.zeros(n_experts, dtype=torch.uint8), codes=codes,
-        expert_start=expert_start, row_start=row_start, levels=levels.view(torch.uint8), level_kind=0, layout=layout,
-    )  # fmt: skip
+    experts = make_experts(data, dictionary)
     # Work lists as kernels/route.cu makes them: item i is expert i % n_experts, with counts[i] tokens scattered over x.
     n_tokens, n = sum(counts), len(counts)
     order = rng.permutation(n_tokens)
@@ -247,3 +257,80 @@ def test_parts(run, bank, monkeypatch, slots, parts):
         np.random.default_rng(53), (5, 100, 520), (12, 40, 64, 20, 9, 33), dictionary=bank["8 bit, .885"](), options=options,
         parts=parts, scale=True, relu=True,
     )  # fmt: skip
+
+
+def lists_of(route):
+    """The items of a route's lists: their experts and tokens; and where large ones begin."""
+    n, n_items = route.n_tokens, route.n_items.tolist()
+    item_tokens = route.item_tokens.numpy()
+    slots, firsts, counts = np.split(item_tokens[4], [6 * n, 7 * n])
+    tokens = [item_tokens[c, : n_items[c] << c].reshape(n_items[c], 1 << c) for c in range(4)]
+    tokens = [[item[item >= 0] for item in items] for items in tokens]
+    tokens.append([slots[first : first + count] for first, count in zip(firsts[: n_items[4]], counts, strict=False)])
+    experts = [route.item_expert[c, : n_items[c]].tolist() for c in range(5)]
+    return [list(zip(*one, strict=True)) for one in zip(experts, tokens, strict=True)], firsts[: n_items[4]].tolist()
+
+
+def test_routes(emulated, monkeypatch):
+    """Every token is in one item, of its expert; no list is longer, and no item larger, than the host counts on."""
+    from qmoecodec_gpu import matvec
+
+    monkeypatch.setattr(matvec, "check_expert", lambda expert: None)  # is it on the device?
+    monkeypatch.setattr(matvec, "_SORT_IN_KERNEL", 200)
+    rng = np.random.default_rng(58)
+    n_as_many = 0
+    for _ in range(200):
+        n_experts = int(rng.integers(0, 5))
+        largest, least = [(1, 9), (2, 9), (4, 5), (8, 9), (8, 5), (64, 9), (64, 5), (128, 9), (128, 5)][rng.integers(9)]
+        choices = [0, 1, least - 1, least, largest, largest + least, rng.integers(300)]
+        counts = rng.choice(choices, size=n_experts + 2) if rng.integers(2) else np.full(n_experts + 2, rng.choice(choices[-4:]))
+        counts[[0, -1]] *= rng.integers(2)  # dropped, and of experts that do not exist
+        expert = rng.permutation(np.repeat(np.arange(-1, n_experts + 1), counts))
+        n = len(expert)
+        route = matvec.route(torch.from_numpy(expert), n_experts=n_experts, largest=largest, least=least)
+        lists, firsts = lists_of(route)
+        n_as_many += 0 < len(lists[4]) == route.max_large
+        assert len(lists[4]) <= route.max_large
+        for c, items in enumerate(lists):
+            for e, tokens in items:
+                assert (expert[tokens] == (n_experts if e == -2 else e)).all()
+                if c < 4:
+                    assert (1 << c) // 2 < len(tokens) and 1 << c <= matvec._largest_used(n, route)
+                else:
+                    assert least <= len(tokens) <= largest
+        seen = [token for items in lists for _, tokens in items for token in tokens]
+        assert sorted(seen) == list(range(n))
+        slots = sorted((first, first + -(-len(tokens) // 8) * 8) for first, (_, tokens) in zip(firsts, lists[4], strict=True))
+        assert all(first % 8 == 0 and end <= 6 * n for first, end in slots)
+        assert all(end <= first for (_, end), (first, _) in itertools.pairwise(slots))
+        # One expert alone, as `matmul` bounds its items.
+        alone = matvec.route(torch.zeros(n, dtype=torch.int64), n_experts=1, largest=largest, least=least)
+        assert int(alone.n_items[4]) <= (-(-n // largest) if alone.max_large else 0)
+    assert n_as_many > 5  # the bound is no greater than it must be
+
+
+def test_sizes(case, bank, emulated, monkeypatch):
+    """What is chosen has a kernel, for x of every alignment, type and size."""
+    from qmoecodec_gpu import digits, matvec, modules, tiles
+
+    chosen = set()
+    dictionary = bank["8 bit, .80"]()
+    for shape in ((2, 70, 136), (0, 4, 8), (2, 0, 8), (2, 4, 0), (1, 70, 135), (64, 3, 16)):
+        experts = make_experts(case(shape, 0.8, dictionary, np.random.default_rng(59)), dictionary)
+        views = [(k, dtype) for k in (0, 1, 8) for dtype in (torch.bfloat16, torch.float16)]
+        for n in (0, 1, 8, 9, 40, 10000, 1 << 27):
+            for is_sm_90 in (False, True):
+                monkeypatch.setattr(modules, "is_sm_90", lambda device, value=is_sm_90: value)
+                for k, dtype in views:
+                    x = torch.empty(n, shape[2] + k, dtype=dtype, device="meta")[:, : shape[2]]
+                    largest, least = matvec.choose_sizes((experts, x))
+                    kernel = "digits" if largest == plan.DIGITS_TOKENS else "tile" if largest == plan.TILE_TOKENS else "small"
+                    chosen.add(kernel)
+                    assert largest < least if kernel == "small" else 4 <= least - 1 <= matvec.largest_class(experts)
+                    assert kernel != "digits" or (is_sm_90 and digits.fits(experts, x))
+                    assert kernel != "tile" or tiles.plan_for(experts, x) is not None
+                    assert kernel == "small" or matvec._takes(experts, x, largest)
+    assert chosen == {"digits", "tile", "small"}
+    far = torch.empty(1 << 26, 1024, dtype=torch.bfloat16, device="meta")[:, :136]
+    experts = make_experts(case((1, 70, 136), 0.8, dictionary, np.random.default_rng(59)), dictionary)
+    assert digits.fits(experts, far[: 1 << 25]) and not digits.fits(experts, far)

@@ -33,6 +33,7 @@ def source(name: str) -> str:
         ('asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));', "h = emulated_bfloat16(f);"),
         ('asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));', "__trap(), h = 0;"),
         ('asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));', "__trap(), f = 0;"),
+        ("extern __shared__ int shared[];", "int* const shared = (int*)::shared;"),
     ):
         text = text.replace(asm, plain)
     return text
