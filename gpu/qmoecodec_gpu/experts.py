@@ -31,7 +31,7 @@ class Bank:
 
     entries, nonzeros : for any kernel (`tables.general_entries`)
     thresholds : int32[dictionaries]
-    forms : the tables of the gather and tile kernels by form
+    forms : the tables of the fast kernels by form
     """
 
     dictionaries: tuple[Dictionary, ...]
@@ -62,7 +62,7 @@ class Bank:
         )
 
     def table(self, form: tables.EntryForm | tables.ScatterForm) -> torch.Tensor:
-        """Return the tables of the gather or a tile kernel, int32[dictionaries, 256, 2, words]."""
+        """Return the tables of a fast kernel, int32[dictionaries, 256, 2, words]."""
         if form not in self.forms:
             entries = [
                 tables.gather_entries(p, form) if isinstance(form, tables.EntryForm) else tables.scatter_entries(p, form)

@@ -1,4 +1,4 @@
-"""Choosing the gather kernel's parameters for a group. Plain arithmetic: no device is needed."""
+"""Choosing the kernels' parameters for a group and its products. Plain arithmetic: no device is needed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ TOKEN_CLASSES: Final = (1, 2, 4, 8)
 #: Tokens of the largest item of kernels/tile.cu, and its threads per block.
 TILE_TOKENS: Final = 64
 TILE_THREADS: Final = 512
+
+#: Tokens of the largest item of kernels/multiply_digits.cu.
+DIGITS_TOKENS: Final = 128
 
 _TABLE_BYTES: Final = 64 * 1024
 _MAX_WORDS: Final = 7
@@ -208,10 +211,6 @@ def plan_tile(
     return None
 
 
-#: Tokens of the largest item of kernels/multiply_digits.cu.
-DIGITS_TOKENS: Final = 128
-
-
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
     """One compiled form of kernels/decode_digits.cu.
@@ -280,7 +279,7 @@ def plan_decode(
         while here >= least:
             for copies in (16, 8, 4):
                 shared = 2048 * form.n_words * copies + 4 * here * warps * pitch
-                if copies * form.n_words <= 32 and shared <= limit:
+                if shared <= limit:
                     return DecodePlan(layout, form, here, warps, blocks, copies, pitch, shared)
             here //= 2
         warps //= 2

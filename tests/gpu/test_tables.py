@@ -191,17 +191,33 @@ def test_small_tiles_where_there_are_few():
 
 
 def test_digits_plans():
-    """What is planned fits, and as many stages as fit."""
-    layout = plan.choose_layout(least_words=150, mean_words=175, most_words=190)
-    for cols in (8, 72, 2080, 6144, 14336):
-        for rows, warps, blocks in ((8, 8, 2), (4, 12, 2), (1, 8, 2), (8, 16, 1)):
-            options = {"max_phrase": 36, "max_nonzeros": 2, "max_shared_bytes": 232448}
-            found = plan.plan_decode(layout, cols=cols, rows=rows, warps=warps, blocks=blocks, **options)
-            assert found.pitch * 16 >= cols + 4 * 36
+    """What is planned fits, is a form that the kernels have, and as many stages as fit."""
+    rng = np.random.default_rng(9)
+    n_fit = 0
+    for _ in range(2000):
+        cols, max_phrase, max_nonzeros = int(np.exp(rng.uniform(0, 12))), int(rng.integers(1, 140)), int(rng.integers(9))
+        most = int(rng.integers(1, cols // 4 + 2))
+        layout = plan.choose_layout(least_words=1, mean_words=rng.uniform(1, most), most_words=most)
+        options = {"cols": cols, "max_phrase": max_phrase, "max_nonzeros": max_nonzeros, "max_shared_bytes": 232448}
+        usual = plan.plan_decode(layout, **options)
+        assert usual is not None or cols > 10000 or max_phrase > 127 or max_nonzeros > 7
+        for rows, warps, blocks in ((1, 8, 2), (2, 8, 2), (4, 8, 2), (8, 8, 2), (4, 12, 2), (8, 16, 1)):
+            found = plan.plan_decode(layout, rows=rows, warps=warps, blocks=blocks, **options)
+            assert found is not None or usual is None
+            if found is None:
+                continue
+            n_fit += 1
+            assert 4 * -(-cols // 64) <= found.pitch and cols + 4 * max_phrase <= 16 * found.pitch
             assert found.pitch % 8 == 4
-            assert 2048 * found.copies + 4 * found.tile * found.pitch == found.shared_bytes
+            assert found.rows in (1, 2, 4, 8) and found.rows * layout.lanes >= 32
+            assert found.copies * found.form.n_words in (4, 8, 16, 32)
+            assert 2048 * found.form.n_words * found.copies + 4 * found.tile * found.pitch == found.shared_bytes
             assert blocks * (found.shared_bytes + 1024) <= 232448 + 1024
-    assert plan.plan_decode(layout, cols=1000000, **options) is None
+            assert max_nonzeros <= found.form.n_nonzeros and max_phrase <= found.form.max_phrase
+    assert n_fit > 5000
+    for least in (1, 2, 4, 8):
+        for total in np.exp(rng.uniform(0, 20, size=50)).astype(int):
+            assert plan.choose_decode_rows(int(total), least, 132) in [rows for rows in (1, 2, 4, 8) if rows >= least]
     for rows in (1, 64, 128, 129, 2080, 6144):
         for share in (False, True):
             groups = plan.choose_groups(rows)
