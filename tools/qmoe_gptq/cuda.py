@@ -27,8 +27,10 @@ def solve_block(
     """Quantize a block of columns, float32[experts, columns, rows]; fills ``margin``.
 
     Takes and returns what ``gptq._solve_block`` does, bit for bit. Raises ValueError when
-    the rows of ``margin`` are not adjacent in memory.
+    the rows of ``margin`` are not adjacent in memory, TypeError for other types.
     """
+    if any(x.dtype != torch.float32 for x in (w, upper, lo, hi, low_edges, high_edges, margin)):
+        raise TypeError("the solver's kernel takes float32 alone")
     experts, columns, rows = w.shape
     w, low_edges, high_edges = _rows_adjacent(w), _rows_adjacent(low_edges), _rows_adjacent(high_edges)
     if rows > 1 and margin.stride(2) != 1:

@@ -104,10 +104,12 @@ def test_the_kernel_on_the_host_gives_the_same_bits(
     check_against_operators(emulated, shape, price, "cpu", block)
 
 
-def test_a_margin_the_kernel_cannot_fill_is_an_error(emulated: Callable[..., torch.Tensor]) -> None:
+def test_what_the_kernel_cannot_take_is_an_error(emulated: Callable[..., torch.Tensor]) -> None:
     w, rows = torch.ones(1, 4, 6), torch.ones(1, 6)
     with pytest.raises(ValueError, match="adjacent"):
         emulated(w, torch.eye(4)[None], -rows, rows, w, w, margin=torch.empty(1, 6, 4).transpose(1, 2))
+    with pytest.raises(TypeError, match="float32"):
+        emulated(w, torch.eye(4).double()[None], -rows, rows, w, w, margin=torch.empty_like(w))
 
 
 @pytest.mark.gpu
