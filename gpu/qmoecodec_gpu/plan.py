@@ -287,7 +287,7 @@ def plan_decode(
 
 
 def choose_decode_rows(total_rows: int, least: int, n_multiprocessors: int) -> int:
-    """Return how many rows a warp decodes at a time, 1 to 8, so that so many rows keep a device's 16 warps busy."""
+    """Return how many rows a warp decodes at a time, 1 to 8, so that so many rows keep 16 warps per multiprocessor busy."""
     return next((rows for rows in (8, 4, 2) if rows > least and total_rows >= 16 * rows * n_multiprocessors), least)
 
 

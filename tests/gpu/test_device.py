@@ -62,7 +62,7 @@ def test_any_dictionary_any_shape(gpu, case, dictionary, shape):
     rng = np.random.default_rng(hash((shape, dictionary.threshold, dictionary.code_bits)) % 2**32)
     data = case(shape, 0.885, dictionary, rng)
     dense = data.dense()
-    # The tile kernels take levels of x's type alone; these are exact in all three.
+    # The kernels for large items take levels of x's type alone; these are exact in all three.
     levels = torch.from_numpy(data.levels)
     for layout, kept in (("auto", levels), ("auto", levels.bfloat16()), ("auto", levels.half()), ("file", levels)):
         experts = gpu.experts.load(data.encoded, kept, layout=layout)

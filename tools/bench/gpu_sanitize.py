@@ -30,9 +30,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from gpu_replay import POISON  # the script beside this one
 
 TOOLS = ("initcheck", "memcheck", "racecheck", "synccheck")
-POISON = 0xA5
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 VECTOR_PARTS = 6
 #: Kernels whose items stand in the order in which threads came.
