@@ -5,12 +5,12 @@ import re
 
 import numpy as np
 import pytest
-import safetensors.torch
 
 import qmoecodec
 
 torch = pytest.importorskip("torch", reason="needs torch")
 pytest.importorskip("cupy", reason="needs CuPy")
+save_file = pytest.importorskip("safetensors.torch", reason="needs safetensors").save_file
 pytestmark = pytest.mark.gpu
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "gpu.md"
@@ -25,7 +25,7 @@ def test_example(case, bank, tmp_path, monkeypatch):
         for name, one in data.items()
         for e in range(6)
     }
-    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    save_file(tensors, tmp_path / "model.safetensors")
     qmoecodec.pack(tmp_path / "model.safetensors", tmp_path / "packed.safetensors")
     (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
