@@ -58,13 +58,7 @@ constexpr int TILE = ROWS * WARPS, ABREAST = 32 / ROWS;  // rows of a block; blo
 constexpr int ROWS_PER_TURN = 32 / LANES, TURNS = ROWS / ROWS_PER_TURN, CODES = 4 * WORDS, BLOCK = LANES * WORDS;
 static_assert(ROWS % ROWS_PER_TURN == 0, "whole turns");
 
-#if NZ > 3
-typedef uint2 Entry;
-constexpr u32 ENTRY_BYTES = 8;
-#else
-typedef u32 Entry;
-constexpr u32 ENTRY_BYTES = 4;
-#endif
+#include "entries.cuh"
 constexpr u32 TABLE_BYTES = 512 * ENTRY_BYTES * COPIES, DIGITS = SHARED_BASE + TABLE_BYTES;
 // A codeword, its state and the copy make 16 bits: this shift makes them an offset into the table.
 constexpr int SHIFT = COPIES * ENTRY_BYTES == 16 ? 3 : COPIES * ENTRY_BYTES == 32 ? 2 : COPIES * ENTRY_BYTES == 64 ? 1 : 0;
@@ -72,13 +66,6 @@ static_assert(COPIES * ENTRY_BYTES << SHIFT == 128, "an entry's copies take 16, 
 
 extern __shared__ __align__(128) u8 shared[];  // table, digits
 
-__device__ __forceinline__ u32 entry_word(const Entry& e, int z) {
-#if NZ > 3
-  return z < 4 ? e.x : e.y;
-#else
-  return e;
-#endif
-}
 __device__ __forceinline__ u32 last_word_of(const Entry& e) { return entry_word(e, 7); }
 #if NZ == 2
 constexpr u32 NOTHING = 0, FIRST = 0x80000000u, SECOND = 0x01000000u;  // marks in the free byte: there is a first, a second nonzero
@@ -120,9 +107,7 @@ struct Decoder {
 
   // own: where this warp's digits stand, in bits from DIGITS; row_bits from one row to the next.
   __device__ __forceinline__ void run(Ahead& ahead, u32 own, u32 row_bits) const {
-    // As gather.cu: T in 1..128: c >= T where the top bit of c or of (c & 127) + 128 - T is set; T in 129..256: where both
-    // are, with 256 - T.  Both are the majority with `either`.
-    const u32 either = T <= 128 ? ~0u : 0u, add = ((T <= 128 ? 128u : 256u) - T) * 0x01010101u;
+    const Threshold threshold(T);
     const u32 copy = (lane % COPIES) * (ENTRY_BYTES << SHIFT) * 0x01010101u;
 #pragma unroll 1
     for (int turn = 0; turn < TURNS; turn++) {
@@ -155,11 +140,8 @@ struct Decoder {
 #pragma unroll
         for (int i = 0; i < WORDS; i++) {
           if (i >= USUAL && i >= most) break;
-          const u32 previous = __funnelshift_l(i ? w[i - 1] : before, w[i], 8);
-          const u32 sum = (previous & 0x7f7f7f7fu) + add;
-          const u32 second = (sum & previous) | ((sum | previous) & either);
-          const u32 low = (second & 0x80808080u) | copy;
-          const u32 two[2] = {__byte_perm(w[i], low, 0x1504), __byte_perm(w[i], low, 0x3726)};
+          u32 two[2];
+          find_entries(w[i], i ? w[i - 1] : before, threshold, copy, two);
           const bool there = i < mine;
 #pragma unroll
           for (int k = 0; k < 4; k++) {

@@ -69,21 +69,9 @@
 
 constexpr int CODES = 4 * WORDS, ROWS_PER_WARP = 32 / LANES, WARPS = THREADS / 32, BLOCK = LANES * WORDS;
 
-#if NZ > 3
-typedef uint2 Entry;
-constexpr u32 ENTRY_BYTES = 8, COPIES = 16;
-#else
-typedef u32 Entry;
-constexpr u32 ENTRY_BYTES = 4, COPIES = 32;
-#endif
+#include "entries.cuh"
+constexpr u32 COPIES = 128 / ENTRY_BYTES;
 constexpr u32 TABLE_BYTES = 512 * ENTRY_BYTES * COPIES;  // 256 codewords x 2 states
-__device__ __forceinline__ u32 entry_word(const Entry& e, int z) {
-#if NZ > 3
-  return z < 4 ? e.x : e.y;
-#else
-  return e;
-#endif
-}
 
 __device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if X_F16

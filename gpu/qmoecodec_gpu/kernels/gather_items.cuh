@@ -242,11 +242,9 @@ __device__ __forceinline__ void gather_items(const Work& work, const Items& item
 #endif
     __syncthreads();
 
-    // T in 1..128: c >= T where the top bit of c or of (c & 127) + 128 - T is set; T in 129..256: where both are, with
-    // 256 - T.  Both are the majority with `either`.
-    u32 either = T <= 128 ? ~0u : 0u, add = ((T <= 128 ? 128u : 256u) - T) * 0x01010101u;
-    keep(either);
-    keep(add);
+    Threshold threshold(T);
+    keep(threshold.either);
+    keep(threshold.add);
     const LevelPair* level_of = (const LevelPair*)work.levels + (u64)expert * rows;
     keep(level_of);
 #if TOK == 1
@@ -292,12 +290,8 @@ __device__ __forceinline__ void gather_items(const Work& work, const Items& item
 #pragma unroll
         for (int i = 0; i < WORDS; i++) {
           if (i >= USUAL && i >= most) break;
-          u32 previous = __funnelshift_l(i ? w[i - 1] : before, w[i], 8);
-          u32 sum = (previous & 0x7f7f7f7fu) + add;
-          u32 second = (sum & previous) | ((sum | previous) & either);
-          u32 low = (second & 0x80808080u) | copy;
-          // 128 * second + copy beside the codeword: an offset into the table
-          u32 two[2] = {__byte_perm(w[i], low, 0x1504), __byte_perm(w[i], low, 0x3726)};
+          u32 two[2];  // offsets into the table
+          find_entries(w[i], i ? w[i - 1] : before, threshold, copy, two);
           const bool there = i < mine;
 #pragma unroll
           for (int k = 0; k < 4; k++) {

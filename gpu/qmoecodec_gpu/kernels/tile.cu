@@ -31,21 +31,9 @@
 
 constexpr int THREADS = 512, WARPS = THREADS / 32, TILE = 32 * GROUPS, TOKENS = 64;
 constexpr int ROWS_PER_WARP = 32 / LANES, BLOCK = LANES * WORDS;
-#if NZ > 3
-typedef uint2 Entry;
-#else
-typedef u32 Entry;
-#endif
+#include "entries.cuh"
 constexpr int COPIES = 8;
-constexpr u32 TABLE_BYTES = 512 * COPIES * sizeof(Entry);
-
-__device__ __forceinline__ u32 entry_word(const Entry& e, int z) {
-#if NZ > 3
-  return z < 4 ? e.x : e.y;
-#else
-  return e;
-#endif
-}
+constexpr u32 TABLE_BYTES = 512 * COPIES * ENTRY_BYTES;
 
 __device__ __forceinline__ void mma(float* c, const u32* a, u32 b0, u32 b1) {
 #if X_F16
