@@ -13,7 +13,7 @@ METHODS = ("gptq", "gptq-2023", "rtn")
 TUNES = ("auto", "model", "block", "none")
 LOWEST_BITS, HIGHEST_BITS = 0.3, 1.58
 # Part of every fingerprint: raise it when the same settings begin to give other digits.
-ALGORITHM = 2
+ALGORITHM = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
