@@ -41,7 +41,7 @@ _DEFAULT: Final = Options()
 def fits(experts: GpuExperts, x: torch.Tensor) -> bool:
     """Whether `launch` takes these experts and such x."""
     return (
-        x.dtype == {0: torch.bfloat16, 1: torch.float16}.get(experts.level_kind)
+        x.dtype == experts.level_dtype
         and 0 < experts.shape[1] < 1 << 27  # a block of columns takes 16 bytes per row, counted in 32 bits
         and modules.is_sm_90(experts.device)
         and 2 * len(x) * max(x.stride(0), _padded(x.shape[1])) <= 1 << 36  # and x in units of 16 bytes, too

@@ -215,6 +215,11 @@ class GpuExperts:
         return cls.from_staged(again, Bank.upload((dictionary,), plain.device), level_bytes, dtype, layout=layout)
 
     @property
+    def level_dtype(self) -> torch.dtype:
+        """The type in which levels are kept: bfloat16, float16 or float32."""
+        return (torch.bfloat16, torch.float16, torch.float32)[self.level_kind]
+
+    @property
     def code_bits(self) -> int:
         """Bits per codeword."""
         return self.bank.dictionaries[0].code_bits
@@ -332,11 +337,11 @@ class GpuExperts:
 
         None may be too large, nor, but for 0, so small that bits are lost. Asks the device the first time.
         """
-        if dtype == {0: torch.bfloat16, 1: torch.float16}.get(self.level_kind):
+        if dtype == self.level_dtype:
             return True
         if dtype not in self._fit:
             modules.refuse_capture(self.device)
-            kept = self.levels.view({0: torch.bfloat16, 1: torch.float16, 2: torch.float32}[self.level_kind])
+            kept = self.levels.view(self.level_dtype)
             sizes, info = kept.float().abs(), torch.finfo(dtype)
             is_good = (sizes == 0) | ((sizes >= info.tiny) & (sizes <= info.max))
             self._fit[dtype] = bool(is_good.all())

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def plan_for(experts: GpuExperts, x: torch.Tensor, *, max_rows: int = 128) -> plan.TilePlan | None:
     """Return the plan of the tile kernel for these experts and such x; None where it does not take them."""
-    if x.dtype != {0: torch.bfloat16, 1: torch.float16}.get(experts.level_kind) or not experts.shape[1]:
+    if x.dtype != experts.level_dtype or not experts.shape[1]:
         return None
     return None if x.stride(0) % 8 or x.data_ptr() % 16 else experts.tile_plan(max_rows)
 
