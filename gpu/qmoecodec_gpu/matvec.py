@@ -92,14 +92,17 @@ def route(expert: torch.Tensor, *, n_experts: int, largest: int, least: int = pl
     lists = torch.empty(8 + 45 * tokens, dtype=torch.int32, device=device)
     n_items, item_expert, item_tokens = lists[:6], lists[8 : 8 + 5 * tokens], lists[8 + 5 * tokens :]
     by_expert = by_token = None
+    grid, threads = 1, max(32, min(1024, -(-tokens // 32) * 32))
     if tokens > _SORT_IN_KERNEL:
         by_expert, by_token = torch.sort(expert, stable=True)
+        n_items.zero_()
+        grid, threads = min(modules.n_multiprocessors(device), -(-tokens // 256)), 256
     p = modules.pointer
     modules.launch(
         device,
         modules.function(device, "route.cu", "route_tokens"),
-        1,
-        max(32, min(1024, -(-tokens // 32) * 32)),
+        grid,
+        threads,
         (
             p(expert),
             p(by_expert),

@@ -11,8 +11,9 @@
 // largest: 1, 2, 4 or 8, or more for large items; these have `least` tokens at least (5 or more), other items 8 at most.
 // n_items[5] = slots that were given out.
 //
-// One block, whatever the number of tokens.  A token of expert -1 is dropped: an item of expert -1, whose y is 0.  A token
-// of an expert that does not exist is an item of expert -2, whose y is NaN: the host is not asked, so nothing can be raised.
+// One block; or several, where the lists come sorted and n_items zeroed.  A token of expert -1 is dropped: an item of expert -1,
+// whose y is 0.  A token of an expert that does not exist is an item of expert -2, whose y is NaN: the host is not asked, so
+// nothing can be raised.
 extern "C" __global__ void __launch_bounds__(1024) route_tokens(const i64* expert, const i64* sorted_expert,
                                                                 const i64* sorted_token, int tokens, int experts,
                                                                 int largest, int least, int* n_items,
@@ -21,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(1024) route_tokens(const i64* exper
   extern __shared__ int shared[];
   int* by_expert = sorted_expert ? nullptr : shared;          // [tokens]
   int* by_token = sorted_expert ? nullptr : shared + tokens;  // [tokens]
-  if (threadIdx.x < 6) n_items[threadIdx.x] = 0;  // the barrier below orders this before the atomics
+  if (!sorted_expert && threadIdx.x < 6) n_items[threadIdx.x] = 0;  // the barrier below orders this before the atomics
   if (!sorted_expert) {
     int* raw = shared + 2 * tokens;
     for (int t = threadIdx.x; t < tokens; t += blockDim.x) {
@@ -39,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(1024) route_tokens(const i64* exper
   __syncthreads();
   auto expert_at = [&](int s) -> i64 { return sorted_expert ? sorted_expert[s] : (i64)by_expert[s]; };
   auto token_at = [&](int s) -> int { return sorted_expert ? (int)sorted_token[s] : by_token[s]; };
-  for (int s = threadIdx.x; s < tokens; s += blockDim.x) {
+  for (int s = blockIdx.x * blockDim.x + threadIdx.x; s < tokens; s += gridDim.x * blockDim.x) {
     i64 e = expert_at(s);
     if (e < 0 || e >= experts) {
       int i = atomicAdd(n_items, 1);
