@@ -30,7 +30,6 @@ class Options:
     groups: int = 0
     share: bool | None = None
     slots: int = 0
-    each_lane: bool = True
     rows: int = 0
     warps: int = 8
     blocks: int = 2
@@ -116,7 +115,7 @@ def launch(
     n_multiprocessors = modules.n_multiprocessors(device)
     base = {"SHARED_BASE": modules.shared_base(device)}
     decoder = modules.function(device, "decode_digits.cu", "decode_digits", decode.macros() | base)
-    macros = multiply.macros(is_f16=x.dtype == torch.float16) | base | {"EACH_LANE": int(options.each_lane)}
+    macros = multiply.macros(is_f16=x.dtype == torch.float16) | base
     multiplier = modules.function(device, "multiply_digits.cu", "multiply_digits", macros)
     n_parts = -(-items.max_large // at_once)
     # Where an expert may have several items, the experts of each part are listed, and each is decoded once.

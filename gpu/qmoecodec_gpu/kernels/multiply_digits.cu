@@ -33,9 +33,6 @@
 #ifndef SHARE
 #define SHARE 0        // warpgroups share the columns of chunks of one group
 #endif
-#ifndef EACH_LANE
-#define EACH_LANE 1    // gives a stage back for itself, rather than lane 0 for its warp
-#endif
 #ifndef SHARED_BASE
 #define SHARED_BASE 1024
 #endif
@@ -184,7 +181,6 @@ struct Stage { u32 barrier, x, word[2]; };
 // takes them.  digits: where in a stage this lane's first word stands.
 __device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 digits, u32 octets, int blocks, Place& place, u32 at,
                                          u32 first_group, u32 part, u32 parts, const Output& out) {
-  const int lane = threadIdx.x & 31;
   float c[SUMS];
 #pragma unroll
   for (int i = 0; i < SUMS; i++) c[i] = 0.f;
@@ -194,7 +190,7 @@ __device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 di
 #pragma unroll 1
     for (; SHARE && stages; stages--) {
       wait_barrier(place.full, place.parity);
-      if (EACH_LANE || lane == 0) arrive(place.full + EMPTY);
+      arrive(place.full + EMPTY);
       place.next();
     }
   };
@@ -224,8 +220,7 @@ __device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 di
     else if (octets <= 8) queue<64>(c, a, b);
     else queue<128>(c, a, b);
     wait_products<1>();
-    if (!EACH_LANE) __syncwarp();  // all lanes have read the stage's digits
-    if (before && (EACH_LANE || lane == 0)) arrive(before + EMPTY);
+    if (before) arrive(before + EMPTY);
     before = stage.barrier;
     if (SHARE) {
       pass(min(parts, blocks - block) - 1);
@@ -244,8 +239,7 @@ __device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 di
   wait_products<0>();
 #pragma unroll
   for (int i = 0; i < SUMS; i++) hold(c[i]);
-  if (!EACH_LANE) __syncwarp();
-  if (before && (EACH_LANE || lane == 0)) arrive(before + EMPTY);
+  if (before) arrive(before + EMPTY);
   if (SHARE && parts > 1) add_parts(c, octets, part, parts);
   if (part == 0) store(c, octets, at, first_group, out);
 }
@@ -300,7 +294,7 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
   const int warp = __shfl_sync(FULL_WARP, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;  // known to be the same in all lanes
   const int blocks = (cols + 63) / 64;
   const u32 per_item = (rows + 63) / 64, total = per_item * max(0, min(*n_items - first_item, max_items));
-  if (threadIdx.x < 2 * SLOTS) init_barrier(BARRIERS + 8 * threadIdx.x, threadIdx.x < SLOTS ? 32 * X_WARPS + 1 : (EACH_LANE ? 32 : 1) * WARPS);
+  if (threadIdx.x < 2 * SLOTS) init_barrier(BARRIERS + 8 * threadIdx.x, threadIdx.x < SLOTS ? 32 * X_WARPS + 1 : 32 * WARPS);
   if (threadIdx.x < 4) init_barrier(CHUNK_BARRIERS + 8 * threadIdx.x, threadIdx.x < 2 ? 32 : WARPS + X_WARPS);
   if (threadIdx.x == 0) *(int*)(shared + (ENDED - SHARED_BASE)) = 0;
   publish_barriers();
@@ -392,7 +386,7 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
 #pragma unroll 1
         for (int block = 0; block < blocks; block++) {
           wait_barrier(place.full, place.parity);
-          if (EACH_LANE || lane == 0) arrive(place.full + EMPTY);
+          arrive(place.full + EMPTY);
           place.next();
         }
       }
