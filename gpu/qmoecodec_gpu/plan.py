@@ -321,7 +321,7 @@ def plan_multiply(groups: int, *, max_shared_bytes: int, share: bool = False, sl
 
     slots : 0 for as many as fit
     """
-    slot = 128 * DIGITS_TOKENS + 1024 * groups + 16  # and two barriers
+    slot = 2 * (128 * DIGITS_TOKENS + 1024 * groups) + 16  # and two barriers
     other = 2 * (256 * groups + 8 * DIGITS_TOKENS + 16) + 64 + (128 * DIGITS_TOKENS if share else 0)
     slots = slots or (max_shared_bytes - other) // slot
     return MultiplyPlan(groups, slots, share, slots * slot + other)

@@ -222,7 +222,7 @@ def test_digits_plans():
         for share in (False, True):
             groups = plan.choose_groups(rows)
             found = plan.plan_multiply(groups, max_shared_bytes=232448, share=share)
-            assert 232448 - 128 * 128 - 1024 * groups - 16 < found.shared_bytes <= 232448
+            assert 232448 - 2 * (128 * 128 + 1024 * groups) - 16 < found.shared_bytes <= 232448
             assert found.slots > groups
             assert found.threads == 128 * (groups + 2)
 

@@ -68,6 +68,13 @@ __device__ __forceinline__ u32 load_shared(u32 address) {
 
 __device__ __forceinline__ void store_shared(u32 address, float v) { asm volatile("st.shared.f32 [%0],%1;" :: "r"(address), "f"(v) : "memory"); }
 
+// A square of 8 x 8 16-bit numbers, of which lane l has two neighbours in row l / 4, transposed.
+__device__ __forceinline__ u32 transpose(u32 two) {
+  u32 v;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0,%1;" : "=r"(v) : "r"(two));
+  return v;
+}
+
 // threadIdx.x, read where this stands.
 __device__ __forceinline__ u32 thread_number() {
   u32 v;

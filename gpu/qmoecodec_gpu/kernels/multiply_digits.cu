@@ -7,15 +7,15 @@
 //  1. wgmma multiplies: weights from registers, x from shared memory.  A lane's word of 16 digits holds what it needs of a row and 64
 //     columns, digits of one step of 16 columns at every eighth bit: shift and mask spread them, one multiplication makes byte
 //     selectors of them, and prmt selects 0, the low or the high level, two 16-bit numbers at once.
-//  2. Warps of their own fill a ring of stages of 64 columns, as deep as shared memory allows: one orders the digits of up to
-//     GROUPS row groups, by a bulk copy; X_WARPS gather x of the item's tokens, 16 bytes per lane and copy, to where wgmma wants
-//     them.  A lane's tokens stay the same for a whole chunk: it keeps where they are.
+//  2. Warps of their own fill a ring of stages of 128 columns, as deep as shared memory allows: one orders the digits of up to
+//     GROUPS row groups, by bulk copies; X_WARPS gather x of the item's tokens, 16 bytes per lane and copy, to where wgmma wants
+//     them.  To wait for a stage takes some 200 cycles even where it is there, hence no smaller ones.  A lane's tokens stay the same for a whole chunk: it keeps where they are.
 //     Each warpgroup takes a group of 64 rows, so x passes the L2 cache once for 64 * GROUPS rows; up to 128 tokens share the making
 //     of a fragment.
-//  3. The products of a stage are queued together, and the fragments of the next one made meanwhile, from words that were read a
-//     stage ahead.
-//  4. Nothing waits for a whole block: warpgroups store their sums from registers and go on.  Another warp has brought what they
-//     need of the next rows and tokens into shared memory by then.
+//  3. The products of half a stage are queued together, and the fragments of the next half made meanwhile, from words that were read
+//     ahead.
+//  4. Nothing waits for a whole block: warpgroups store their sums from registers, transposed there, and go on.  Another warp has
+//     brought what they need of the next rows and tokens into shared memory by then.
 //  5. All row groups of all items are dealt out evenly: chunks of GROUPS groups in turn, so that neighbours read the same x at the
 //     same time, and what does not make a whole turn in smaller chunks.  Warpgroups share the columns of a chunk of one group,
 //     and their sums are added up in shared memory (SHARE, for launches with few rows).
@@ -28,7 +28,7 @@
 #define GROUPS 3       // of 64 rows, one for each warpgroup, 2 or 3
 #endif
 #ifndef SLOTS
-#define SLOTS 11       // stages that the ring holds
+#define SLOTS 5        // stages that the ring holds
 #endif
 #ifndef SHARE
 #define SHARE 0        // warpgroups share the columns of chunks of one group
@@ -43,12 +43,13 @@ constexpr int WARPS = 4 * GROUPS, X_WARPS = 6, HELPERS = X_WARPS + 2, THREADS = 
 // others share the rest.
 constexpr int FEW = 40, MANY = (65536 / THREADS / 8 * 8 * THREADS - 32 * HELPERS * FEW) / (128 * GROUPS) / 8 * 8;
 constexpr int ABREAST = 4 * X_WARPS, PASSES = (MAX_TOKENS + ABREAST - 1) / ABREAST;  // tokens of x at a time, eight lanes each
-constexpr u32 X_BYTES = 128 * MAX_TOKENS, SLOT_BYTES = X_BYTES + 1024 * GROUPS;  // of a stage: x, digits
+constexpr u32 X_BYTES = 128 * MAX_TOKENS, DIGIT_BYTES = 1024 * GROUPS;  // of a half of a stage, 64 columns
+constexpr u32 SLOT_BYTES = 2 * (X_BYTES + DIGIT_BYTES);                  // x of both halves, digits of both
 constexpr u32 BARRIERS = SHARED_BASE + SLOTS * SLOT_BYTES, EMPTY = 8 * SLOTS;    // full ones, EMPTY further empty ones
 static_assert(SHARED_BASE % 1024 == 0, "what is swizzled lies on such boundaries");
 static_assert(SLOTS > (SHARE ? GROUPS : 2), "a stage is kept until the warpgroup's next one is there, or, not shared, two of them");
 
-// x in a stage, for each octet of tokens 1024 bytes: the 16 bytes of columns 8 c .. 8 c + 7 of token t at 128 t + 16 (c ^ t), so that
+// x in half a stage, for each octet of tokens 1024 bytes: the 16 bytes of columns 8 c .. 8 c + 7 of token t at 128 t + 16 (c ^ t), so that
 // neither copies nor products meet in a bank.  DESCRIPTION: of this, for wgmma, without the address; STEP: from one step of 16
 // columns to the next.  Both in units of 16 bytes.
 constexpr u64 DESCRIPTION = (u64)1 << 62 | (u64)64 << 32;
@@ -114,35 +115,64 @@ template <class Work> __device__ __forceinline__ void for_chunks(u32 total, u32 
   }
 }
 
-// What outputs need.
+// What outputs need.  least: what smaller sums become.  in_fours: rows come in fours, those of a token on an 8-byte boundary.
 struct Output {
   u16* y;
   i64 y_stride;
-  int relu, rows;
+  float least;
+  int rows;
+  bool in_fours;
 };
 
 // Store the sums of a warpgroup's 64 rows.  at: the chunk's place.  All that this needs is made after the products, which need the
-// registers.
+// registers.  A lane has sums of two tokens and of rows 8 apart; squares of 8 x 8 are transposed, then neighbours exchange a half, and
+// each has four rows of one token: 32 bytes of a token leave side by side.
 __device__ __forceinline__ void store(const float* c, u32 octets, u32 at, u32 first_group, const Output& out) {
   hold(at);
-  const u32 thread = thread_number(), lane = thread & 31;
-  const int row = 64 * (first_group + (thread >> 7)) + 16 * (thread >> 5 & 3) + (lane >> 2);
+  const u32 thread = thread_number(), lane = thread & 31, odd = lane & 1;
+  const int row = 64 * (first_group + (thread >> 7)) + 16 * (thread >> 5 & 3) + 8 * odd + 2 * (lane & 2);
+  u16* const y = out.y + row;
+  constexpr int AT_ONCE = 4;  // octets of tokens
 #pragma unroll
-  for (int i = 0; i < SUMS; i += 4) {
-    if (i / 4 >= octets) break;
+  for (int first = 0; first < SUMS / 4; first += AT_ONCE) {
+    if (first >= octets) break;
+    uint2 four[AT_ONCE];
 #pragma unroll
-    for (int b = 0; b < 2; b++) {
-      const u32 n = 4 * (2 * i + 2 * (lane & 3) + b);
-      const int token = (int)load_shared(at + TOKENS_AT + n);
-      const float scale = __uint_as_float(load_shared(at + SCALES + n));
-      u16* const y = out.y + token * out.y_stride + row;
+    for (int o = 0; o < AT_ONCE; o++) {
+      const float* const sums = c + 4 * (first + o);
+      float scale[2];
+#pragma unroll
+      for (int b = 0; b < 2; b++) scale[b] = __uint_as_float(load_shared(at + SCALES + 4 * (8 * (first + o) + 2 * (lane & 3) + b)));
+      u32 square[2];
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const float sum = c[i + b + 2 * half];
-        const u16 value = float_to_half((out.relu && sum < 0.f ? 0.f : sum) * scale, X_F16);  // a NaN stays one
-        if (token >= 0 && row + 8 * half < out.rows) y[8 * half] = value;
+        u32 two[2];
+#pragma unroll
+        for (int b = 0; b < 2; b++) {
+          const float sum = sums[2 * half + b];
+          two[b] = float_to_half((sum < out.least ? out.least : sum) * scale[b], X_F16);  // a NaN stays one
+        }
+        square[half] = transpose(two[0] | two[1] << 16);
       }
+      const u32 other = __shfl_xor_sync(FULL_WARP, odd ? square[0] : square[1], 1);
+      four[o] = odd ? make_uint2(other, square[1]) : make_uint2(square[0], other);
     }
+    auto store_tokens = [&](bool in_fours) {
+#pragma unroll
+      for (int o = 0; o < AT_ONCE; o++) {
+        const int token = (int)load_shared(at + TOKENS_AT + 4 * (8 * (first + o) + (lane >> 2))), there = token < 0 ? 0 : out.rows - row;
+        u16* const to = y + token * out.y_stride;
+        if (in_fours) {
+          if (there > 0) *(uint2*)to = four[o];
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            if (i < there) to[i] = (u16)((i < 2 ? four[o].x : four[o].y) >> (16 * (i & 1)));
+        }
+      }
+    };
+    if (out.in_fours) store_tokens(true);
+    else store_tokens(false);
   }
 }
 
@@ -174,8 +204,8 @@ template <int TOKENS> __device__ __forceinline__ void queue(float* c, const u32 
   end_products();
 }
 
-// A stage that is there: its barrier, where its x stands, and this lane's digits of two rows.
-struct Stage { u32 barrier, x, word[2]; };
+// A stage that is there: its barrier, where its x stands, and for each half this lane's digits of two rows.
+struct Stage { u32 barrier, x, word[2][2]; };
 
 // The product of this warpgroup's 64 rows with the tokens of `octets`.  low, high: levels of this lane's two rows, as `permute`
 // takes them.  digits: where in a stage this lane's first word stands.
@@ -184,7 +214,6 @@ __device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 di
   float c[SUMS];
 #pragma unroll
   for (int i = 0; i < SUMS; i++) c[i] = 0.f;
-  u32 a[2][4][4];
   u32 before = 0;  // the barrier of the stage before
   auto pass = [&](u32 stages) {  // other warpgroups' stages
 #pragma unroll 1
@@ -197,21 +226,19 @@ __device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 di
   auto take = [&] {
     wait_barrier(place.full, place.parity);
     show_to_products();
-    const Stage stage{place.full, place.x, {load_shared(place.x + digits), load_shared(place.x + digits + 128)}};
+    Stage stage{place.full, place.x};
+#pragma unroll
+    for (int i = 0; i < 4; i++) stage.word[i / 2][i % 2] = load_shared(place.x + digits + i / 2 * DIGIT_BYTES + i % 2 * 128);
     place.next();
     return stage;
   };
-  Stage next{};
-  int block = part;
-  auto work = [&](u32(*a)[4]) {
-    const Stage stage = next;
-    if (!SHARE && block + 1 < blocks) next = take();
+  auto work = [&](const Stage& stage, int half, u32(*a)[4]) {
     u64 b[4];
 #pragma unroll
     for (int k = 0; k < 4; k++) {
 #pragma unroll
-      for (int i = 0; i < 2; i++) make_pairs(stage.word[i], k, low[i], high[i], a[k][i], a[k][2 + i]);
-      b[k] = DESCRIPTION | (stage.x / 16 + k * STEP);
+      for (int i = 0; i < 2; i++) make_pairs(stage.word[half][i], k, low[i], high[i], a[k][i], a[k][2 + i]);
+      b[k] = DESCRIPTION | ((stage.x + half * X_BYTES) / 16 + k * STEP);
     }
 #pragma unroll
     for (int k = 0; k < 4; k++) hold(a[k], b[k]);
@@ -219,22 +246,28 @@ __device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 di
     if (octets <= 4) queue<32>(c, a, b);
     else if (octets <= 8) queue<64>(c, a, b);
     else queue<128>(c, a, b);
-    wait_products<1>();
+  };
+  const int stages = (blocks + 1) / 2, step = SHARE ? parts : 1;
+  u32 a[2][4][4];
+  Stage next{};
+  pass(min(part, (u32)stages));
+  if ((int)part < stages) next = take();
+#pragma unroll 1
+  for (int i = part; i < stages; i += step) {
+    const Stage stage = next;
+    work(stage, 0, a[0]);
+    if (!SHARE && i + step < stages) next = take();
+    wait_products<1>();  // of the stage before
     if (before) arrive(before + EMPTY);
     before = stage.barrier;
-    if (SHARE) {
-      pass(min(parts, blocks - block) - 1);
-      if (block + (int)parts < blocks) next = take();
+    if (2 * i + 1 < blocks) {
+      work(stage, 1, a[1]);
+      wait_products<1>();
     }
-    block += SHARE ? parts : 1;
-  };
-  pass(min(part, (u32)blocks));
-  if (block < blocks) next = take();
-#pragma unroll 1
-  while (block < blocks) {
-    work(a[0]);
-    if (block >= blocks) break;
-    work(a[1]);
+    if (SHARE) {
+      pass(min(step, stages - i) - 1);
+      if (i + step < stages) next = take();
+    }
   }
   wait_products<0>();
 #pragma unroll
@@ -247,22 +280,27 @@ __device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 di
 // Bring x of N tokens of this lane, of all blocks of columns, to the ring.  units: where they are, from `from` on, in units of 16
 // bytes; to: where in a stage the first goes.
 template <int N> __device__ __forceinline__ void gather(const u8* from, const u32* units, u32 to, int cols, Place& place) {
-  auto bring = [&](bool whole, u32 there) {
-    wait_barrier(place.full + EMPTY, place.parity ^ 1);
+  const int mine = 8 * (int)(thread_number() & 7);  // first column of this lane in a half
+  auto bring = [&](int half, int cols_left) {
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      const u32 at = place.x + to + 128 * ABREAST * i;
-      const u8* const token = from + 16 * (u64)units[i];
-      if (whole) copy_16(at, token);
-      else copy_16(at, token, there);
+      const u32 at = place.x + half * X_BYTES + to + 128 * ABREAST * i;
+      const u8* const token = from + 128 * half + 16 * (u64)units[i];
+      if (cols_left == 64) copy_16(at, token);
+      else copy_16(at, token, mine < cols_left ? 16 : 0);
     }
+  };
+  auto stage = [&](int first, int second) {
+    wait_barrier(place.full + EMPTY, place.parity ^ 1);
+    bring(0, first);
+    if (second > 0) bring(1, second);
     arrive_when_copied(place.full);
     place.next();
-    from += 128;
+    from += 256;
   };
 #pragma unroll 1
-  for (int block = 0; block < cols / 64; block++) bring(true, 16);
-  if (cols % 64) bring(false, 8 * (int)(thread_number() & 7) < cols % 64 ? 16 : 0);
+  for (int i = 0; i < cols / 128; i++) stage(64, 64);
+  if (cols % 128) stage(min(cols % 128, 63), cols % 128 - 64);
 }
 
 // One form for each number of passes, so that what happens for each block of columns is nothing but copies.
@@ -334,11 +372,15 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
           const u32 bytes = chunk.n * 1024;
           const u8* from = digits + (slot ? slot[chunk.item] : chunk.item) * slot_bytes + (u64)chunk.group * 1024;
 #pragma unroll 1
-          for (int block = 0; block < blocks; block++) {
+          for (int block = 0; block < blocks; block += 2) {
+            const int halves = min(blocks - block, 2);
             wait_barrier(place.full + EMPTY, place.parity ^ 1);
-            arrive_and_expect(place.full, bytes);
-            copy_to_shared(place.x + X_BYTES, from, bytes, place.full);
-            from += per_item * 1024;
+            arrive_and_expect(place.full, halves * bytes);
+#pragma unroll 1
+            for (int half = 0; half < halves; half++) {
+              copy_to_shared(place.x + 2 * X_BYTES + half * DIGIT_BYTES, from, bytes, place.full);
+              from += per_item * 1024;
+            }
             place.next();
           }
         });
@@ -367,7 +409,7 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
     end_warp();
   } else {
     take_registers<MANY>();
-    const Output out{y, y_stride, relu, rows};
+    const Output out{y, y_stride, relu ? 0.f : __uint_as_float(0xff800000u), rows, ((rows | y_stride) & 3) == 0 && ((u64)y & 7) == 0};
     for_chunks(total, per_item, [&](const Chunk& chunk) {
       const u32 parts = SHARE ? GROUPS / chunk.n : 1, part = (warp >> 2) / chunk.n, group = (warp >> 2) - part * chunk.n;
       wait_barrier(about.full(), about.parity);
@@ -380,11 +422,11 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
           low[i] = (pair << 8 & 0xff00u) | (pair & 0xff0000u) | (pair << 16 & 0xff000000u);
           high[i] = pair >> 8 & 0xff0000u;
         }
-        const u32 octets = (load_shared(about.at() + COUNT) + 7) / 8, words = X_BYTES + 16 * in_chunk + 4 * (lane & 3);
+        const u32 octets = (load_shared(about.at() + COUNT) + 7) / 8, words = 2 * X_BYTES + 16 * in_chunk + 4 * (lane & 3);
         multiply(low, high, words, octets, blocks, place, about.at(), chunk.group, part, parts, out);
       } else {
 #pragma unroll 1
-        for (int block = 0; block < blocks; block++) {
+        for (int block = 0; block < blocks; block += 2) {
           wait_barrier(place.full, place.parity);
           arrive(place.full + EMPTY);
           place.next();

@@ -93,6 +93,7 @@ template <class T> T __shfl_sync(unsigned, T v, int from, int width = 32) {
   const int lane = current % 32;
   return (T)meet_warp((uint64_t)v)[(lane & ~(width - 1)) | (from & (width - 1))];
 }
+template <class T> T __shfl_xor_sync(unsigned, T v, int mask) { return (T)meet_warp((uint64_t)v)[current % 32 ^ mask]; }
 template <class T> T __shfl_up_sync(unsigned, T v, int distance, int width = 32) {
   const int lane = current % 32;
   const uint64_t* all = meet_warp((uint64_t)v);
@@ -269,6 +270,12 @@ static int atomicAdd(int* at, int v) { return (*at += v) - v; }
 
 static unsigned load_shared(unsigned address) { unsigned v; memcpy(&v, shared_at(address, 4), 4); return v; }
 static void store_shared(unsigned address, float v) { memcpy(shared_at(address, 4), &v, 4); }
+static unsigned transpose(unsigned two) {
+  const uint64_t* all = meet_warp(two);
+  const unsigned row = current % 32 / 4, first = current % 4 * 2;
+  auto at = [&](unsigned r, unsigned c) { return (unsigned)(all[4 * r + c / 2] >> (16 * (c & 1)) & 0xffff); };
+  return at(first, row) | at(first + 1, row) << 16;
+}
 static unsigned thread_number() { return current; }
 static unsigned permute(unsigned low, unsigned high, unsigned select) { return __byte_perm(low, high, select); }
 template <int N> void give_registers() { meet_warp(0); }
