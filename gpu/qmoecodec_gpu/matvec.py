@@ -11,8 +11,10 @@ import torch
 from qmoecodec_gpu import digits, modules, plan, tiles
 from qmoecodec_gpu.experts import GpuExperts
 
-#: Up to so many tokens the routing kernel sorts by itself; beyond, torch does.
-_SORT_IN_KERNEL: Final = 512
+#: Up to so many tokens are routed by one block.
+_ONE_BLOCK: Final = 512
+#: Tokens and experts of a block where more are routed (kernels/route.cu).
+_CHUNK: Final = 256
 #: Tokens of one expert from which decoding it to a scratch matrix and a dense product win (docs/performance-gpu.md).
 DENSE_FROM: Final = 48
 
@@ -77,6 +79,8 @@ def route(expert: torch.Tensor, *, n_experts: int, largest: int, least: int = pl
     expert : int64[tokens]    -1 for a token that is dropped; a number that does not exist makes y NaN
     largest : 1, 2, 4 or 8 tokens, or more for large items
     least : tokens of the smallest large item, if there are any; both from `choose_sizes`
+
+    Takes 180 bytes per token, and of more than 512 tokens for a moment 1/64 byte per token and expert.
     """
     check_expert(expert)
     if largest not in (*plan.TOKEN_CLASSES, plan.TILE_TOKENS, plan.DIGITS_TOKENS):
@@ -91,32 +95,23 @@ def route(expert: torch.Tensor, *, n_experts: int, largest: int, least: int = pl
     expert = expert.contiguous()
     lists = torch.empty(8 + 45 * tokens, dtype=torch.int32, device=device)
     n_items, item_expert, item_tokens = lists[:6], lists[8 : 8 + 5 * tokens], lists[8 + 5 * tokens :]
-    by_expert = by_token = None
-    grid, threads = 1, max(32, min(1024, -(-tokens // 32) * 32))
-    if tokens > _SORT_IN_KERNEL:
-        by_expert, by_token = torch.sort(expert, stable=True)
-        n_items.zero_()
-        grid, threads = min(modules.n_multiprocessors(device), -(-tokens // 256)), 256
-    p = modules.pointer
-    modules.launch(
-        device,
-        modules.function(device, "route.cu", "route_tokens"),
-        grid,
-        threads,
-        (
-            p(expert),
-            p(by_expert),
-            p(by_token),
-            modules.i32(tokens),
-            modules.i32(n_experts),
-            modules.i32(largest),
-            modules.i32(least),
-            p(n_items),
-            p(item_expert),
-            p(item_tokens),
-        ),
-        shared_bytes=0 if by_expert is not None else 12 * tokens + 16,  # reads are paired
-    )
+    p, i32 = modules.pointer, modules.i32
+    sizes = (i32(tokens), i32(n_experts))
+    to = (*sizes, i32(largest), i32(least), p(n_items), p(item_expert), p(item_tokens))
+
+    def launch(name: str, grid: int, threads: int, shared_bytes: int, *args: Any) -> None:
+        modules.launch(device, modules.function(device, "route.cu", name), grid, threads, args, shared_bytes=shared_bytes)
+
+    if tokens <= _ONE_BLOCK:
+        launch("route_tokens", 1, max(32, -(-tokens // 32) * 32), 20 * tokens, p(expert), *to)
+    else:
+        n_chunks = -(-tokens // _CHUNK)
+        counts = torch.zeros(n_chunks * n_experts, dtype=torch.int32, device=device)
+        rank = torch.empty(tokens, dtype=torch.int32, device=device)
+        places = torch.empty(4 * n_experts, dtype=torch.int32, device=device)
+        launch("rank_tokens", n_chunks, _CHUNK, 4 * _CHUNK, p(expert), *sizes, p(n_items), p(counts), p(rank))
+        launch("make_items", -(-n_experts // _CHUNK), _CHUNK, 0, *to, p(counts), p(places))
+        launch("place_tokens", n_chunks, _CHUNK, 0, p(expert), *to, p(counts), p(rank), p(places))
     most = max_large(tokens, n_experts, largest, least)
     return Route(
         n_items, item_expert.view(5, tokens), item_tokens.view(5, 8 * tokens), tokens, n_experts, largest, least, most

@@ -272,11 +272,11 @@ def lists_of(route):
 
 
 def test_routes(emulated, monkeypatch):
-    """Every token is in one item, of its expert; no list is longer, and no item larger, than the host counts on."""
+    """Every token is in one item, of its expert, in order; no list is longer, and no item larger, than the host counts on."""
     from qmoecodec_gpu import matvec
 
     monkeypatch.setattr(matvec, "check_expert", lambda expert: None)  # is it on the device?
-    monkeypatch.setattr(matvec, "_SORT_IN_KERNEL", 200)
+    monkeypatch.setattr(matvec, "_ONE_BLOCK", 200)
     rng = np.random.default_rng(58)
     n_as_many = 0
     for _ in range(200):
@@ -300,6 +300,10 @@ def test_routes(emulated, monkeypatch):
                     assert least <= len(tokens) <= largest
         seen = [token for items in lists for _, tokens in items for token in tokens]
         assert sorted(seen) == list(range(n))
+        for e in range(n_experts):  # the same tokens always have the same kernel
+            mine = sorted((list(tokens) for items in lists for of, tokens in items if of == e), key=lambda tokens: tokens[0])
+            assert [t for tokens in mine for t in tokens] == np.flatnonzero(expert == e).tolist()
+            assert [len(tokens) for tokens in mine] == sorted(map(len, mine), reverse=True)
         slots = sorted((first, first + -(-len(tokens) // 8) * 8) for first, (_, tokens) in zip(firsts, lists[4], strict=True))
         assert all(first % 8 == 0 and end <= 6 * n for first, end in slots)
         assert all(end <= first for (_, end), (first, _) in itertools.pairwise(slots))

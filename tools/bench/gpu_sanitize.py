@@ -35,7 +35,7 @@ TOOLS = ("initcheck", "memcheck", "racecheck", "synccheck")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 VECTOR_PARTS = 6
 #: Kernels whose items stand in the order in which threads came.
-IN_ANY_ORDER = ("route_tokens", "list_experts", "decode_digits")
+IN_ANY_ORDER = ("route_tokens", "make_items", "place_tokens", "list_experts", "decode_digits")
 #: Kernels with barriers in shared memory.
 WITH_BARRIERS = ("multiply_digits",)
 
@@ -252,7 +252,7 @@ def record_cases(recorder: Recorder, name: str) -> None:
 
 
 def record_rest(recorder: Recorder) -> None:
-    """Record what is not about one group: several dictionaries, two matrices, sorting, encoding."""
+    """Record what is not about one group: several dictionaries, two matrices, many tokens, encoding."""
     import torch
 
     import qmoecodec
@@ -290,7 +290,7 @@ def record_rest(recorder: Recorder) -> None:
         lo, hi = -torch.rand(n, rows, device="cuda") - 0.1, torch.rand(n, rows, device="cuda") + 0.1
         cuda.solve_block(w, upper, lo, hi, lo[:, None].expand_as(w), hi[:, None].expand_as(w), margin=torch.empty_like(w))
 
-    recorder.case("tokens sorted by torch")
+    recorder.case("many tokens")
     for largest in (1, 8, 64):
         numbers = torch.from_numpy(rng.integers(-2, 10, size=700)).cuda()
         matvec.route(numbers, n_experts=8, largest=largest)
