@@ -213,7 +213,7 @@ LONG = pytest.mark.long
 
 
 @pytest.mark.parametrize("groups", [pytest.param(2, marks=LONG), 3])
-@pytest.mark.parametrize("slots", [3, pytest.param(8, marks=LONG)])
+@pytest.mark.parametrize("slots", [3, pytest.param(5, marks=LONG)])
 def test_ring(run, bank, groups, slots):
     """Short rings, which go round often, and every number of row groups per block; chunks across items."""
     from qmoecodec_gpu import digits
