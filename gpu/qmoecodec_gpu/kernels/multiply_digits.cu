@@ -9,9 +9,9 @@
 //     selectors of them, and prmt selects 0, the low or the high level, two 16-bit numbers at once.
 //  2. Warps of their own fill a ring of stages of 128 columns, as deep as shared memory allows: one orders the digits of up to
 //     GROUPS row groups, by bulk copies; X_WARPS gather x of the item's tokens, 16 bytes per lane and copy, to where wgmma wants
-//     them.  To wait for a stage takes some 200 cycles even where it is there, hence no smaller ones.  A lane's tokens stay the same for a whole chunk: it keeps where they are.
-//     Each warpgroup takes a group of 64 rows, so x passes the L2 cache once for 64 * GROUPS rows; up to 128 tokens share the making
-//     of a fragment.
+//     them.  To wait for a stage takes some 200 cycles even where it is there, hence no smaller ones.  A lane's tokens stay the same
+//     for a whole chunk: it keeps where they are.  Each warpgroup takes a group of 64 rows, so x passes the L2 cache once for
+//     64 * GROUPS rows; up to 128 tokens share the making of a fragment.
 //  3. The products of half a stage are queued together, and the fragments of the next half made meanwhile, from words that were read
 //     ahead.
 //  4. Nothing waits for a whole block: warpgroups store their sums from registers, transposed there, and go on.  Another warp has
@@ -49,8 +49,8 @@ constexpr u32 BARRIERS = SHARED_BASE + SLOTS * SLOT_BYTES, EMPTY = 8 * SLOTS;   
 static_assert(SHARED_BASE % 1024 == 0, "what is swizzled lies on such boundaries");
 static_assert(SLOTS > (SHARE ? GROUPS : 2), "a stage is kept until the warpgroup's next one is there, or, not shared, two of them");
 
-// x in half a stage, for each octet of tokens 1024 bytes: the 16 bytes of columns 8 c .. 8 c + 7 of token t at 128 t + 16 (c ^ t), so that
-// neither copies nor products meet in a bank.  DESCRIPTION: of this, for wgmma, without the address; STEP: from one step of 16
+// x in half a stage, for each octet of tokens 1024 bytes: the 16 bytes of columns 8 c .. 8 c + 7 of token t at 128 t + 16 (c ^ t), so
+// that neither copies nor products meet in a bank.  DESCRIPTION: of this, for wgmma, without the address; STEP: from one step of 16
 // columns to the next.  Both in units of 16 bytes.
 constexpr u64 DESCRIPTION = (u64)1 << 62 | (u64)64 << 32;
 constexpr u32 STEP = 2;
