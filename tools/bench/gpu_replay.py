@@ -73,46 +73,13 @@ class Driver:
         self.call("cuCtxSynchronize")
 
 
-def select(operations: list[Any], first: int, end: int) -> list[Any]:
-    """Return what launches `first` to `end` - 1 need: their cases, with what other launches wrote copied to the device instead.
-
-    Launches without a record of what they wrote stay.
-    """
-    selected: list[Any] = []
-    case: list[Any] = []
-    number, is_wanted, is_replaced = 0, False, False
-    for operation in [*operations, ["case", ""]]:
-        kind, *values = operation
-        if kind == "case":
-            selected += case if is_wanted else []
-            case, is_wanted = [operation], False
-            continue
-        if kind == "launch":
-            is_mine = first <= number < end
-            is_wanted |= is_mine
-            is_replaced = not is_mine and values[-1]
-            number += 1
-        if kind == "allocate":
-            case += [operation, ["fill", *values]]
-        elif is_replaced and kind == "compare":
-            case.append(["upload", *values[:4]])
-        elif not (is_replaced and kind == "launch"):
-            case.append(operation)
-    return selected
-
-
-def replay(
-    driver: Driver, folder: pathlib.Path, plant: str | None, launches: tuple[int, int] | None, say: Any
-) -> tuple[int, int]:
+def replay(driver: Driver, folder: pathlib.Path, plant: str | None, say: Any) -> tuple[int, int]:
     """Replay one recording and compare what the kernels write; returns the numbers of launches and of differences.
 
     plant : "short" makes every buffer a byte shorter, "unset" leaves out the last byte of what is copied to the device: a
         sanitizer that does not report these sees nothing
-    launches : the first, and the one behind the last, of those that are launched (`select`); None for all
     """
     operations = json.loads((folder / "operations.json").read_text())
-    if launches is not None:
-        operations = select(operations, *launches)
     blob = (folder / "blob").read_bytes()
     buffers: dict[int, int] = {}
     case, n_launches, n_different = "", 0, 0
@@ -128,14 +95,12 @@ def replay(
             buffers.clear()
         elif kind == "allocate":
             buffers[values[0]] = driver.allocate(max(1, values[1] - (plant == "short")))
-        elif kind == "fill":
-            driver.upload(buffers[values[0]], bytes([POISON]) * values[1])
         elif kind == "upload":
             number, offset, at, n_bytes = values
             n_bytes -= plant is not None
             driver.upload(buffers[number] + offset, blob[at : at + n_bytes])
         elif kind == "launch":
-            cubin, name, grid, threads, shared_bytes, arguments, _ = values
+            cubin, name, grid, threads, shared_bytes, arguments = values
             packed = [
                 (buffers[a[0]] + a[1]).to_bytes(8, "little") if isinstance(a, list) else bytes.fromhex(a) for a in arguments
             ]
@@ -164,20 +129,15 @@ def main() -> None:
     parser.add_argument("folder", type=pathlib.Path, help="with a folder for each recording")
     parser.add_argument("--only", help="replay this recording alone")
     parser.add_argument("--but", help="leave this recording out")
-    parser.add_argument("--launches", metavar="FIRST:END", help="these of each recording alone")
     parser.add_argument("--plant", choices=["short", "unset"], help="make faults that a sanitizer must find (see `replay`)")
     arguments = parser.parse_args()
-    window = None
-    if arguments.launches:
-        first, end = map(int, arguments.launches.split(":"))
-        window = (first, end)
     driver = Driver()
     say("the driver is up")
     n_launches = n_different = 0
     for path in sorted(arguments.folder.glob("*/operations.json")):
         if path.parent.name == arguments.but or arguments.only not in (None, path.parent.name):
             continue
-        launches, different = replay(driver, path.parent, arguments.plant, window, say)
+        launches, different = replay(driver, path.parent, arguments.plant, say)
         n_launches, n_different = n_launches + launches, n_different + different
     say(f"replayed {n_launches} launches of {len(driver.modules)} modules, {n_different} differences")
     sys.exit(n_different > 0)

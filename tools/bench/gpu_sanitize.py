@@ -6,8 +6,7 @@ takes longer than anybody waits.
   1. Record, without a tool: the package runs as ever, and each launch is written down with its compiled code, its arguments, and
      every byte of their memory that did not come from one of our kernels. Memory from torch.empty is poisoned, to tell
      what has been written.
-  2. Replay (gpu_replay.py) under each tool: the same launches from a process that has nothing else in it. Hopper's kernels have
-     thousands of barriers at a time, and synccheck's table of them overflowed: there each such launch has its own process.
+  2. Replay (gpu_replay.py) under each tool: the same launches from a process that has nothing else in it.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 VECTOR_PARTS = 6
 #: Kernels whose items stand in the order in which threads came.
 IN_ANY_ORDER = ("route_tokens", "make_items", "place_tokens", "list_experts", "decode_digits")
-#: Kernels with barriers in shared memory.
-WITH_BARRIERS = ("multiply_digits",)
+#: In shared memory, more than any kernel has.
+BARRIERS_PER_BLOCK = 8192
 
 # ---- recording -------------------------------------------------------------------------------------------------------
 
@@ -178,7 +177,7 @@ class Recorder:
                 raise ValueError(f"{name}: argument {a!r} is neither a number nor an address from modules.pointer")
         if len(grid) > 2 or len(block) != 1:
             raise ValueError(f"{name}: the replay takes a grid of two dimensions and blocks of one, not {grid}, {block}")
-        self.operations.append(["launch", cubin, name, list(grid), block[0], shared_mem, arguments, name not in IN_ANY_ORDER])
+        self.operations.append(["launch", cubin, name, list(grid), block[0], shared_mem, arguments])
         self.forms.add((name, *form))
         kernel(grid, block, tuple(int(a) if isinstance(a, Pointer) else a for a in args), shared_mem=shared_mem)
         self.torch.cuda.synchronize()
@@ -364,7 +363,7 @@ def uncovered(forms: set[tuple[str, ...]]) -> list[str]:
         "gather.cu": {"NZ": "2357", "LANES": ("4", "8", "16", "32"), "ONE": "01", "MAX_TOK": "148", "X_F16": "01",
                       "LEVEL_KIND": "012"},
         "tile.cu": {"GROUPS": "124", "NZ": "257", "X_F16": "01"},
-        "decode_digits.cu": {"NZ": "237", "LANES": ("4", "8", "16", "32"), "ONE": "01"},
+        "decode_digits.cu": {"NZ": "237", "LANES": ("4", "8", "16", "32"), "ONE": "01", "OUT_BYTES": "012"},
         "multiply_digits.cu": {"GROUPS": "23", "SHARE": "01", "X_F16": "01"},
         "rows.cu": {"OUT_BYTES": "12", "TOK": "1248", "X_F16": "01", "LEVEL_KIND": "012"},
     }  # fmt: skip
@@ -379,19 +378,6 @@ def uncovered(forms: set[tuple[str, ...]]) -> list[str]:
             for tokens, order in sorted({(1, 0), (1, 1), (2, 1), (4, 0), (4, 1), (8, 0), (8, 1)} - orders):
                 missing.append(f"{tokens} tokens in {('natural', 'segmented')[order]} order")
     return missing
-
-
-def parts(folder: pathlib.Path) -> Iterator[str]:
-    """Cut a recording behind each launch of a kernel with barriers; yield FIRST:END."""
-    recording = folder / "operations.json"
-    if not recording.exists():  # it failed
-        return
-    launched = [operation[2] for operation in json.loads(recording.read_text()) if operation[0] == "launch"]
-    first = 0
-    for number, name in enumerate(launched):
-        if name in WITH_BARRIERS or number == len(launched) - 1:
-            yield f"{first}:{number + 1}"
-            first = number + 1
 
 
 def main() -> int:
@@ -445,7 +431,9 @@ def run(folder: pathlib.Path, logs: pathlib.Path, arguments: argparse.Namespace)
     print(f"{len(forms)} kernels and forms; not reached: {what}", flush=True)
 
     def check(tool: str, title: str, *options: str) -> tuple[str, int | None, float, list[str]]:
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable,
+        # Left to itself, synccheck's table of barriers overflows.
+        barriers = ["--num-cuda-barriers", str(BARRIERS_PER_BLOCK)] if tool == "synccheck" else []
+        command = ["compute-sanitizer", "--tool", tool, *barriers, "--error-exitcode", "1", sys.executable,
                    str(ROOT / "tools" / "bench" / "gpu_replay.py"), str(folder), *options]  # fmt: skip
         log = logs / (re.sub(r"\W+", "-", f"{tool} {title}".rstrip()) + ".log")
         start = time.monotonic()
@@ -461,13 +449,9 @@ def run(folder: pathlib.Path, logs: pathlib.Path, arguments: argparse.Namespace)
 
     # What only Hopper has runs apart: a tool may not know its asynchronous copies.
     tools = arguments.tools.split(",")
-    only = ("--only", HOPPER)
     work = [functools.partial(check, tool, "", "--but", HOPPER) for tool in tools if set(names) != {HOPPER}]
     if HOPPER in names:
-        work += [functools.partial(check, tool, HOPPER, *only) for tool in tools if tool != "synccheck"]
-        if "synccheck" in tools:
-            for part in parts(folder / HOPPER):
-                work.append(functools.partial(check, "synccheck", f"{HOPPER} {part}", *only, "--launches", part))
+        work += [functools.partial(check, tool, HOPPER, "--only", HOPPER) for tool in tools]
     with concurrent.futures.ThreadPoolExecutor(max(1, arguments.jobs)) as pool:
         for name, status, seconds, lines in pool.map(lambda one: one(), work):
             summary = [line.lstrip("= ") for line in lines if "SUMMARY" in line or "replayed" in line or "DIFFERENT" in line][:20]
