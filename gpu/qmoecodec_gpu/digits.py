@@ -49,26 +49,19 @@ def fits(experts: GpuExperts, x: torch.Tensor) -> bool:
     )
 
 
-def _plans(experts: GpuExperts, n_decoded: int, n_items: int, options: Options) -> tuple[plan.DecodePlan, plan.MultiplyPlan]:
+def _plan_product(experts: GpuExperts, n_items: int, options: Options) -> plan.MultiplyPlan:
     """Plan for so many items at most."""
-    _, rows, _ = experts.shape
-    n_multiprocessors = modules.n_multiprocessors(experts.device)
-    least = 32 // experts.layout.lanes if experts.layout is not None else 1
-    decode_rows = options.rows or plan.choose_decode_rows(n_decoded * rows, least, n_multiprocessors)
-    decode = experts.decode_plan(decode_rows, options.warps, options.blocks)
-    if decode is None:
-        raise ValueError("digits need experts of 8-bit codewords whose rows fit into shared memory")
+    rows = experts.shape[1]
     groups = options.groups or plan.choose_groups(rows)
     share = options.share
     if share is None:
-        share = n_items * -(-rows // 64) < 4 * groups * n_multiprocessors
-    multiply = plan.plan_multiply(
+        share = n_items * -(-rows // 64) < 4 * groups * modules.n_multiprocessors(experts.device)
+    return plan.plan_multiply(
         groups,
         max_shared_bytes=modules.max_shared_bytes(experts.device),
         share=share,
         slots=options.slots,
     )
-    return decode, multiply
 
 
 def _padded(cols: int) -> int:
@@ -82,6 +75,69 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     padded = x.new_zeros((len(x), _padded(x.shape[1])))
     padded[:, : x.shape[1]] = x
     return padded
+
+
+def _launch_decoder(
+    experts: GpuExperts,
+    form: plan.DecodePlan,
+    out: torch.Tensor,
+    macros: dict[str, int],
+    *,
+    listed: tuple[torch.Tensor, torch.Tensor] | None = None,
+    first: int = 0,
+    most: int,
+) -> None:
+    """Decode `most` experts at most, from place or number `first` on.
+
+    listed : int32 on the device, how many experts, and their numbers; None for all
+    """
+    _, rows, cols = experts.shape
+    device, p, i32 = experts.device, modules.pointer, modules.i32
+    macros = macros | form.macros() | {"SHARED_BASE": modules.shared_base(device)}
+    modules.launch(
+        device,
+        modules.function(device, "decode_digits.cu", "decode_digits", macros),
+        min(form.blocks * modules.n_multiprocessors(device), most * -(-rows // form.tile)),
+        32 * form.warps,
+        (
+            p(experts.codes),
+            p(experts.expert_start),
+            p(experts.row_start),
+            p(experts.dictionary_index),
+            p(experts.bank.thresholds),
+            p(experts.bank.table(form.form)),
+            p(experts.levels),
+            *map(p, listed or (None, None)),
+            i32(first),
+            i32(most),
+            p(out),
+            i32(rows),
+            i32(cols),
+            i32(form.pitch),
+        ),
+        shared_bytes=form.shared_bytes,
+        early=True,
+    )
+
+
+def _plan_decoder(experts: GpuExperts, n_decoded: int, options: Options = _DEFAULT) -> plan.DecodePlan | None:
+    """Plan for so many experts at most; None where the kernel does not fit their codewords, rows or levels."""
+    least = 32 // experts.layout.lanes if experts.layout is not None else 1
+    rows = options.rows or plan.choose_decode_rows(n_decoded * experts.shape[1], least, modules.n_multiprocessors(experts.device))
+    return experts.decode_plan(rows, options.warps, options.blocks)
+
+
+def decode(experts: GpuExperts, first: int, n: int, out: torch.Tensor) -> bool:
+    """Decode experts, where their codewords, rows and levels suit this kernel; return whether they do.
+
+    out : int8 for digits, bfloat16 or float16 for levels, contiguous, for n experts from `first` on
+    """
+    form = _plan_decoder(experts, n)
+    if form is None:
+        return False
+    macros = {"OUT_BYTES": out.itemsize, "X_F16": int(out.dtype == torch.float16), "LEVEL_KIND": experts.level_kind}
+    _launch_decoder(experts, form, out, macros, first=first, most=n)
+    return True
 
 
 def launch(
@@ -107,16 +163,17 @@ def launch(
     at_once = items.max_large
     if n_decoded * expert_bytes > SCRATCH_BYTES:
         n_decoded = at_once = min(at_once, max(1, SCRATCH_BYTES // expert_bytes))
-    decode, multiply = _plans(experts, n_decoded, at_once, options)
+    decoder = _plan_decoder(experts, n_decoded, options)
+    if decoder is None:
+        raise ValueError("digits need experts of 8-bit codewords whose rows fit into shared memory")
+    multiply = _plan_product(experts, at_once, options)
     x = _aligned(x)
     scratch = torch.empty(n_decoded * expert_bytes, dtype=torch.uint8, device=device)
     n_items, item_expert, slot_token = items.n_items[4:], items.item_expert[4], items.item_tokens[4]
     item_first, item_count = slot_token[6 * items.n_tokens :], slot_token[7 * items.n_tokens :]
     n_multiprocessors = modules.n_multiprocessors(device)
     base = {"SHARED_BASE": modules.shared_base(device)}
-    decoder = modules.function(device, "decode_digits.cu", "decode_digits", decode.macros() | base)
     macros = multiply.macros(is_f16=x.dtype == torch.float16) | base
-    multiplier = modules.function(device, "multiply_digits.cu", "multiply_digits", macros)
     n_parts = -(-items.max_large // at_once)
     # Where an expert may have several items, the experts of each part are listed, and each is decoded once.
     slot = None
@@ -125,40 +182,23 @@ def launch(
         listed, slot, n_listed = lists, lists[items.max_large :], lists[2 * items.max_large :]
         modules.launch(
             device,
-            modules.function(device, "decode_digits.cu", "list_experts", decode.macros() | base),
+            modules.function(device, "decode_digits.cu", "list_experts", decoder.macros() | base),
             n_parts,
             512,
             (p(n_items), p(item_expert), i32(at_once), i32(n_experts), p(n_listed), p(listed), p(slot), p(n_listed[n_parts:])),
+            early=True,
         )
     for part in range(n_parts):
         first = part * at_once
         count = min(at_once, items.max_large - first)
         n_here = min(count, n_decoded)
-        of_part = (p(n_items), p(item_expert), i32(first)) if slot is None else (p(n_listed[part:]), p(listed[first:]), i32(0))
+        if slot is None:
+            _launch_decoder(experts, decoder, scratch, {"OUT_BYTES": 0}, listed=(n_items, item_expert), first=first, most=n_here)
+        else:
+            _launch_decoder(experts, decoder, scratch, {"OUT_BYTES": 0}, listed=(n_listed[part:], listed[first:]), most=n_here)
         modules.launch(
             device,
-            decoder,
-            min(decode.blocks * n_multiprocessors, n_here * -(-rows // decode.tile)),
-            32 * decode.warps,
-            (
-                p(experts.codes),
-                p(experts.expert_start),
-                p(experts.row_start),
-                p(experts.dictionary_index),
-                p(experts.bank.thresholds),
-                p(experts.bank.table(decode.form)),
-                *of_part,
-                i32(n_here),
-                p(scratch),
-                i32(rows),
-                i32(cols),
-                i32(decode.pitch),
-            ),
-            shared_bytes=decode.shared_bytes,
-        )
-        modules.launch(
-            device,
-            multiplier,
+            modules.function(device, "multiply_digits.cu", "multiply_digits", macros),
             min(n_multiprocessors, count * -(-rows // 64)),
             multiply.threads,
             (
@@ -183,4 +223,5 @@ def launch(
                 expert_bytes,
             ),
             shared_bytes=multiply.shared_bytes,
+            early=True,
         )

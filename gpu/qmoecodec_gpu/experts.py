@@ -14,7 +14,7 @@ import torch
 from qmoecodec.dictionary import aivf
 from qmoecodec.errors import FormatError
 from qmoecodec.types import Dictionary
-from qmoecodec_gpu import modules, plan, tables
+from qmoecodec_gpu import digits, modules, plan, tables
 from qmoecodec_gpu.loading import Facts, Staged, repack, stage, to_device, validate
 from qmoecodec_gpu.source import LEVEL_DTYPES, check_stack, first_experts, raw_levels
 
@@ -297,13 +297,15 @@ class GpuExperts:
             raise ValueError(f"out must be a contiguous {dtype} tensor of shape {shape} on {self.device}")
         if out.numel() == 0:
             return out
+        self.use()
+        if digits.decode(self, first, n, out):
+            return out
         macros = {
             "OUT_BYTES": dtype.itemsize,
             "X_F16": int(dtype == torch.float16),
             "LEVEL_KIND": self.level_kind,
         }
         kernel = modules.function(self.device, "rows.cu", "decode_rows", macros)
-        self.use()
         modules.launch(
             self.device,
             kernel,

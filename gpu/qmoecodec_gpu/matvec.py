@@ -15,8 +15,6 @@ from qmoecodec_gpu.experts import GpuExperts
 _ONE_BLOCK: Final = 512
 #: Tokens and experts of a block where more are routed (kernels/route.cu).
 _CHUNK: Final = 256
-#: Tokens of one expert from which decoding it to a scratch matrix and a dense product win (docs/performance-gpu.md).
-DENSE_FROM: Final = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +98,8 @@ def route(expert: torch.Tensor, *, n_experts: int, largest: int, least: int = pl
     to = (*sizes, i32(largest), i32(least), p(n_items), p(item_expert), p(item_tokens))
 
     def launch(name: str, grid: int, threads: int, shared_bytes: int, *args: Any) -> None:
-        modules.launch(device, modules.function(device, "route.cu", name), grid, threads, args, shared_bytes=shared_bytes)
+        kernel = modules.function(device, "route.cu", name)
+        modules.launch(device, kernel, grid, threads, args, shared_bytes=shared_bytes, early=True)
 
     if tokens <= _ONE_BLOCK:
         launch("route_tokens", 1, max(32, -(-tokens // 32) * 32), 20 * tokens, p(expert), *to)
@@ -293,15 +292,18 @@ def matmul(
     expert: int,
     *,
     scratch: torch.Tensor | None = None,
-    dense_from: int = DENSE_FROM,
+    dense_from: int | None = None,
 ) -> torch.Tensor:
     """Multiply one expert, known to the host, with many vectors: x[tokens, cols] @ expert.T -> [tokens, rows].
 
     scratch : [rows, cols] of x's dtype    where the expert is decoded to for the dense product; allocated if None
-    dense_from : tokens from which that is done, where the levels are numbers of x's type, or near to some
+    dense_from : tokens from which that is done, where the levels are numbers of x's type, or near to some; None for
+        what measurements say (`plan.choose_dense_from`)
     """
     check_x(experts, x)
     expert = experts.check_number(expert)
+    if dense_from is None:
+        dense_from = plan.choose_dense_from(*experts.shape[1:])
     if len(x) >= dense_from and experts.fit(x.dtype):
         if scratch is not None:
             check_apart(x, scratch, "scratch")

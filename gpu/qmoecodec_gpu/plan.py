@@ -277,9 +277,11 @@ def plan_decode(
     while warps:
         here = max(rows, least)
         while here >= least:
-            for copies in (16, 8, 4):
+            for copies in (16, 8, 4) if here > 2 else (4 * here, 4):  # filling it takes as long as a row or two
                 shared = 2048 * form.n_words * copies + 4 * here * warps * pitch
                 if shared <= limit:
+                    # No more than `blocks` fit: started early, they would crowd where the kernel before has ended.
+                    shared = max(shared, (max_shared_bytes + 1024) // (blocks + 1) - 1023)
                     return DecodePlan(layout, form, here, warps, blocks, copies, pitch, shared)
             here //= 2
         warps //= 2
@@ -322,7 +324,7 @@ def plan_multiply(groups: int, *, max_shared_bytes: int, share: bool = False, sl
     slots : 0 for as many as fit
     """
     slot = 2 * (128 * DIGITS_TOKENS + 1024 * groups) + 16  # and two barriers
-    other = 2 * (256 * groups + 8 * DIGITS_TOKENS + 16) + 64 + (128 * DIGITS_TOKENS if share else 0)
+    other = 4 * (256 * groups + 8 * DIGITS_TOKENS + 16 + 16) + 32 + (128 * DIGITS_TOKENS if share else 0)
     slots = slots or (max_shared_bytes - other) // slot
     return MultiplyPlan(groups, slots, share, slots * slot + other)
 
@@ -330,3 +332,11 @@ def plan_multiply(groups: int, *, max_shared_bytes: int, share: bool = False, sl
 def choose_groups(rows: int) -> int:
     """Return how many groups of 64 rows a block multiplies at a time: three, which read x seldom, or two where one would idle."""
     return 2 if -(-rows // 64) in (1, 2, 4) else 3
+
+
+def choose_dense_from(rows: int, cols: int) -> int:
+    """Return the tokens of one expert from which a dense product with the decoded matrix is faster (docs/performance-gpu.md).
+
+    A matrix that keeps the device busy by itself takes longer to be written than to be multiplied as digits.
+    """
+    return 9 if rows * cols < 1 << 24 else 64

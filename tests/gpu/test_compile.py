@@ -24,6 +24,15 @@ FORMS = {
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_decoder_to_rows_compiles(architecture, tmp_path):
+    for size, kind in ((1, 0), (2, 0), (2, 1)):
+        options = [f"-DOUT_BYTES={size}", f"-DLEVEL_KIND={kind}", "-DX_F16=1"]
+        report = compile_kernel("decode_digits.cu", options, architecture, tmp_path)
+        assert set(re.findall(r"(\d+) bytes spill stores", report)) == {"0"}, report
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc")
 @pytest.mark.parametrize("file", sorted(FORMS))
 @pytest.mark.parametrize(
     "architecture",

@@ -78,7 +78,7 @@ class Emulated:
         self.launched.append(name)
         return self.kernels[key]
 
-    def launch(self, device, kernel, grid, threads, args, *, shared_bytes=0):
+    def launch(self, device, kernel, grid, threads, args, *, shared_bytes=0, early=False):
         self.seed += 1
         kernel((grid, 1) if isinstance(grid, int) else grid, threads, shared_bytes, self.seed, args)
 
@@ -206,7 +206,7 @@ def check_product(case, buffers, rng, shape, counts, *, dictionary, options=None
 def test_small(emulated, run, bank, name):
     """Items of every size class, a row group that is not whole, columns that are not whole blocks."""
     run(np.random.default_rng(51), (2, 140, 1031), (9, 20, 33, 128, 65), dictionary=bank[name]())
-    assert emulated.launched == ["decode_digits", "multiply_digits", "list_experts"]
+    assert emulated.launched == ["list_experts", "decode_digits", "multiply_digits"]
 
 
 LONG = pytest.mark.long
@@ -257,6 +257,27 @@ def test_parts(run, bank, monkeypatch, slots, parts):
         np.random.default_rng(53), (5, 100, 520), (12, 40, 64, 20, 9, 33), dictionary=bank["8 bit, .885"](), options=options,
         parts=parts, scale=True, relu=True,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["8 bit, .885", "8 bit, table"])
+def test_dense(emulated, case, bank, name):
+    """Weights of one expert and of several, rows that are whole eights of columns and others, to every boundary."""
+    from qmoecodec_gpu import digits
+
+    rng = np.random.default_rng(60)
+    dictionary = bank[name]()
+    for shape in ((3, 70, 136), (2, 33, 1031), (1, 1, 1), (2, 130, 64)):
+        data = case(shape, 0.8, dictionary, rng)
+        experts = make_experts(data, dictionary)
+        weights = torch.from_numpy(data.dense()).bfloat16()
+        for expected, before in ((weights, float("nan")), (torch.from_numpy(data.digits), 77)):
+            for first, n, offset in ((0, shape[0], 0), (0, shape[0], 4), (shape[0] - 1, 1, 3)):
+                buffer = torch.full((n * shape[1] * shape[2] + offset + GUARD,), before, dtype=expected.dtype)
+                out = buffer[offset : len(buffer) - GUARD].view(n, *shape[1:])
+                assert digits.decode(experts, first, n, out)
+                assert torch.equal(out, expected[first : first + n])
+                untouched = torch.cat([buffer[:offset], buffer[-GUARD:]])
+                assert bool((untouched.isnan() if before != 77 else untouched == 77).all())
 
 
 def lists_of(route):

@@ -211,8 +211,8 @@ def test_digits_plans():
             assert found.pitch % 8 == 4
             assert found.rows in (1, 2, 4, 8) and found.rows * layout.lanes >= 32
             assert found.copies * found.form.n_words in (4, 8, 16, 32)
-            assert 2048 * found.form.n_words * found.copies + 4 * found.tile * found.pitch == found.shared_bytes
-            assert blocks * (found.shared_bytes + 1024) <= 232448 + 1024
+            assert 2048 * found.form.n_words * found.copies + 4 * found.tile * found.pitch <= found.shared_bytes
+            assert blocks * (found.shared_bytes + 1024) <= 232448 + 1024 < (blocks + 1) * (found.shared_bytes + 1024)
             assert max_nonzeros <= found.form.n_nonzeros and max_phrase <= found.form.max_phrase
     assert n_fit > 5000
     for least in (1, 2, 4, 8):

@@ -1,9 +1,11 @@
-// Decoding of the experts of large items to two-bit digits, for 8-bit dictionaries, layout "words" (common.cuh).
+// Decoding of the experts of large items to two-bit digits, or of experts to digits of a byte or 16-bit weights (OUT_BYTES), for 8-bit
+// dictionaries, layout "words" (common.cuh).
 //
 // Of the i-th expert, `out` holds for each block of 64 columns, for each row, 16 bytes: 0, 1 for -, 2 for +, in two bits each.
 // Column 16 s + 8 h + 2 q + l of the block (s, q = 0..3; h, l = 0, 1) stands from bit 8 (2 h + l) + 2 s of word q on, as
 // multiply_digits.cu takes it.  The number of rows is rounded up to a multiple of 64; what is there beyond the last row is
 // undefined.  Columns beyond the row are 0, 1 or 2.
+// OUT_BYTES: out[i][row][column], of 1 byte the digits -1, 0, +1, of 2 the levels, rounded to X_F16's type.
 //
 // Naively, for each row: for each codeword: for each (offset, sign) of its phrase: out[..][position + offset] = sign.
 //
@@ -50,11 +52,14 @@
 #ifndef RESIDENT
 #define RESIDENT 2   // blocks that a multiprocessor has at a time
 #endif
+#ifndef OUT_BYTES
+#define OUT_BYTES 0
+#endif
 #ifndef SHARED_BASE
 #define SHARED_BASE 1024
 #endif
 
-constexpr int TILE = ROWS * WARPS, ABREAST = 32 / ROWS;  // rows of a block; blocks of columns that leave at a time
+constexpr int TILE = ROWS * WARPS;  // rows of a block
 constexpr int ROWS_PER_TURN = 32 / LANES, TURNS = ROWS / ROWS_PER_TURN, CODES = 4 * WORDS, BLOCK = LANES * WORDS;
 static_assert(ROWS % ROWS_PER_TURN == 0, "whole turns");
 
@@ -204,10 +209,71 @@ __device__ __forceinline__ uint4 in_order(const uint4& v) {
                     __byte_perm(even13, odd13, 0x7351));
 }
 
+#if OUT_BYTES
+// Four digits of two bits, one in each byte.
+__device__ __forceinline__ u32 in_bytes(u32 digits) { return ((digits & 0xffu) * 0x1001u & 0x000f000fu) * 0x41u & 0x03030303u; }
+
+// The levels of a row, as bytes to select from.  low: zero, first bytes of the low and the high one, second byte of the low one; in
+// byte 2 of `high` that of the high one: digit d takes bytes d and 3 d of the two.
+struct LevelBytes { u32 low, high; };
+
+__device__ __forceinline__ LevelBytes read_level_bytes(const void* levels, u64 row) {
+#if OUT_BYTES == 2
+  const Levels level = read_levels(levels, row);
+  const u32 pair = float_to_half(level.low, X_F16) | (u32)float_to_half(level.high, X_F16) << 16;
+  return LevelBytes{(pair << 8 & 0xff00u) | (pair & 0xff0000u) | (pair << 16 & 0xff000000u), pair >> 8 & 0xff0000u};
+#else
+  return LevelBytes{0, 0};
+#endif
+}
+
+// 16 bytes of output from digits, the first ones' in the lowest bits.
+__device__ __forceinline__ uint4 to_output(u32 digits, const LevelBytes& level) {
+  u32 out[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+#if OUT_BYTES == 2
+    const u32 select = in_bytes(digits >> (8 * (i / 2))) * 0x31u;
+    out[i] = __byte_perm(level.low, level.high, i % 2 ? select >> 16 : select);
+#else
+    const u32 four = in_bytes(digits >> (8 * i));
+    out[i] = (four >> 1 & 0x01010101u) | (four & 0x01010101u) * 0xffu;
+#endif
+  }
+  return make_uint4(out[0], out[1], out[2], out[3]);
+}
+
+// Write a warp's rows, from `first` on, to out, where the first of them begins; digits: theirs, in the columns' own order.
+__device__ __forceinline__ void write_rows(const u32* digits, int pitch, const void* levels, u64 level_row, int n, int cols, u8* out) {
+  constexpr int EACH = 16 / OUT_BYTES;
+  const int lane = threadIdx.x & 31;
+#pragma unroll 1
+  for (int r = 0; r < n; r++, digits += pitch, out += (u64)cols * OUT_BYTES) {
+    const LevelBytes level = read_level_bytes(levels, level_row + r);
+    auto from = [&](int column) {
+      const int word = column / 16;
+      return __funnelshift_r(digits[word], digits[min(word + 1, pitch - 1)], 2 * (column % 16));
+    };
+    // What lies before the first 16-byte boundary of memory and behind the last one leaves one by one.
+    const int head = min(cols, (int)((0 - (u64)out) % 16) / OUT_BYTES), whole = (cols - head) / EACH, tail = head + whole * EACH;
+    uint4* const to = (uint4*)(out + head * OUT_BYTES);
+#pragma unroll 4
+    for (int i = lane; i < whole; i += 32) to[i] = to_output(from(head + EACH * i), level);
+    const int edge = lane < head ? lane : tail + lane - head;
+    if (edge < cols) {
+      const u32 one = to_output(from(edge), level).x;
+      if (OUT_BYTES == 2) ((u16*)out)[edge] = (u16)one;
+      else out[edge] = (u8)one;
+    }
+  }
+}
+#endif
+
 // For each part of at_once items, one block: list its experts, each once, in any order, from listed[part * at_once] on,
 // n_listed[part] of them; slot[i]: the place of item i's expert in that list.  place: [parts][n_experts], for this kernel alone.
 extern "C" __global__ void __launch_bounds__(512) list_experts(const int* n_items, const int* item_expert, int at_once, int n_experts,
                                                                int* n_listed, int* listed, int* slot, int* place) {
+  wait_for_previous();
   const int first = blockIdx.x * at_once, n = min(*n_items - first, at_once);
   item_expert += first;
   listed += first;
@@ -228,26 +294,29 @@ extern "C" __global__ void __launch_bounds__(512) list_experts(const int* n_item
   for (int i = threadIdx.x; i < n; i += 512) slot[i] = place[item_expert[i]];
 }
 
-// Experts first to first + most - 1 of the list, as far as there are.  pitch: words of digits per row in shared memory, with room for
-// four phrases beyond the row (the last one, and three padding codewords), and an odd multiple of 4, so that eight rows lie in
-// different banks.
+// Experts first to first + most - 1 of the list, as far as there are; without a list, those of these numbers.  pitch: words of digits
+// per row in shared memory, with room for four phrases beyond the row (the last one, and three padding codewords), and an odd multiple
+// of 4, so that eight rows lie in different banks.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
 decode_digits(const u32* codes, const u64* expert_start, const u32* row_start, const u8* dictionary, const u32* threshold,
-              const Entry* tables, const int* n_listed, const int* listed, int first, int most, u8* out, int rows,
+              const Entry* tables, const void* levels, const int* n_listed, const int* listed, int first, int most, u8* out, int rows,
               int cols, int pitch) {
   if ((u32)__cvta_generic_to_shared(shared) != SHARED_BASE) __trap();
   const int lane = threadIdx.x & 31, warp = __shfl_sync(FULL_WARP, threadIdx.x >> 5, 0);  // known to be the same in all lanes
-  const int blocks = (cols + 63) / 64, tiles = (rows + TILE - 1) / TILE, padded = (rows + 63) / 64 * 64;
-  const u32 total = (u32)tiles * max(0, min(*n_listed - first, most)), own = warp * ROWS * pitch;
+  const int tiles = (rows + TILE - 1) / TILE;
+  const u32 own = warp * ROWS * pitch;
   u32* const digits = (u32*)(shared + TABLE_BYTES) + own;
   for (int i = lane; i < ROWS * pitch / 4; i += 32) ((uint4*)digits)[i] = make_uint4(0, 0, 0, 0);
+  wait_for_previous();
+  const u32 total = (u32)tiles * max(0, n_listed ? min(*n_listed - first, most) : most);
   __syncwarp();
 
   Ahead ahead;
   int known = -1;  // the dictionary whose table is there
+  auto expert_of = [&](u32 item) { return listed ? listed[first + item] : first + (int)item; };
   auto decoder_of = [&](u32 unit, int& d, u32& item) {
     item = unit / tiles;
-    const int expert = listed[first + item], row = (int)(unit - item * tiles) * TILE + warp * ROWS;
+    const int expert = expert_of(item), row = (int)(unit - item * tiles) * TILE + warp * ROWS;
     d = dictionary[expert];
     return Decoder{codes + expert_start[expert], row_start + (u64)expert * (rows + 1), row, rows, lane, lane % LANES, lane / LANES,
                    threshold[d], row < rows};
@@ -284,8 +353,17 @@ decode_digits(const u32* codes, const u64* expert_start, const u32* row_start, c
     if (decoder.some) decoder.run(ahead, own * 32, pitch * 32);
     __syncwarp();
     if (more && next.some) next.start(ahead);
+#if OUT_BYTES
     if (decoder.some) {
-      const int local = lane % ROWS, ahead_of = lane / ROWS;
+      const u64 at = ((u64)item * rows + decoder.first) * cols * OUT_BYTES;
+      write_rows(digits, pitch, levels, (u64)expert_of(item) * rows + decoder.first, min(ROWS, rows - decoder.first), cols, out + at);
+      __syncwarp();
+      for (int i = lane; i < ROWS * pitch / 4; i += 32) ((uint4*)digits)[i] = make_uint4(0, 0, 0, 0);
+    }
+#else
+    if (decoder.some) {
+      constexpr int ABREAST = 32 / ROWS;  // blocks of columns that leave at a time
+      const int blocks = (cols + 63) / 64, padded = (rows + 63) / 64 * 64, local = lane % ROWS, ahead_of = lane / ROWS;
       uint4* from = (uint4*)(digits + local * pitch) + ahead_of;
       uint4* to = (uint4*)out + ((u64)item * blocks + ahead_of) * padded + decoder.first + local;
 #pragma unroll 4
@@ -298,6 +376,7 @@ decode_digits(const u32* codes, const u64* expert_start, const u32* row_start, c
       }
       for (int i = 4 * blocks + ahead_of; i < pitch; i += ABREAST) digits[local * pitch + i] = 0;  // what padding codewords left
     }
+#endif
     __syncwarp();
     decoder = next;
     d = next_d;

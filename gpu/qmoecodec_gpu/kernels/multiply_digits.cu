@@ -16,9 +16,9 @@
 //     ahead.
 //  4. Nothing waits for a whole block: warpgroups store their sums from registers, transposed there, and go on.  Another warp has
 //     brought what they need of the next rows and tokens into shared memory by then.
-//  5. All row groups of all items are dealt out evenly: chunks of GROUPS groups in turn, so that neighbours read the same x at the
-//     same time, and what does not make a whole turn in smaller chunks.  Warpgroups share the columns of a chunk of one group,
-//     and their sums are added up in shared memory (SHARE, for launches with few rows).
+//  5. Items are cut into chunks of at most GROUPS row groups, as equal as they come, and dealt out in turn, so that neighbours read
+//     the same x at the same time; into smaller ones where blocks would be left without.  Warpgroups share the columns of a chunk of
+//     one group, and their sums are added up in shared memory (SHARE, for launches with few rows).
 //
 // Trusts: levels of x's type, finite; x finite, its rows on 16-byte boundaries, all within 64 GiB, columns a multiple of 8.
 #include "common.cuh"
@@ -55,11 +55,14 @@ static_assert(SLOTS > (SHARE ? GROUPS : 2), "a stage is kept until the warpgroup
 constexpr u64 DESCRIPTION = (u64)1 << 62 | (u64)64 << 32;
 constexpr u32 STEP = 2;
 
-// What the warpgroups need of a chunk, twice: levels of its rows, tokens (-1 for none) and their scales, and the number of tokens.
-constexpr u32 CHUNK_BARRIERS = BARRIERS + 2 * EMPTY, CHUNK_EMPTY = 16, CHUNKS = (CHUNK_BARRIERS + 32 + 15) / 16 * 16;
-constexpr u32 LEVELS = 0, TOKENS_AT = 256 * GROUPS, SCALES = TOKENS_AT + 4 * MAX_TOKENS, COUNT = SCALES + 4 * MAX_TOKENS;
-constexpr u32 CHUNK_BYTES = COUNT + 16;
-constexpr u32 ENDED = CHUNKS + 2 * CHUNK_BYTES;  // warps that have ended
+// What the other warps need of a chunk: levels of its rows, tokens (-1 for none) and their scales; the number of row groups, 0 behind
+// the last chunk, the first of them, the number of tokens, and where the expert's digits stand (`slot`, below).  There are places for
+// several chunks: the ring's warps are ahead by more than one where rows are short.
+constexpr u32 PLACES = 4, CHUNK_BARRIERS = BARRIERS + 2 * EMPTY, CHUNK_EMPTY = 8 * PLACES;
+constexpr u32 CHUNKS = (CHUNK_BARRIERS + 2 * CHUNK_EMPTY + 15) / 16 * 16;
+constexpr u32 LEVELS = 0, TOKENS_AT = 256 * GROUPS, SCALES = TOKENS_AT + 4 * MAX_TOKENS, GROUPS_AT = SCALES + 4 * MAX_TOKENS;
+constexpr u32 GROUP = GROUPS_AT + 4, COUNT = GROUPS_AT + 8, SLOT = GROUPS_AT + 12, CHUNK_BYTES = GROUPS_AT + 16;
+constexpr u32 ENDED = CHUNKS + PLACES * CHUNK_BYTES;  // warps that have ended
 constexpr u32 PARTS = ENDED + 16;                // with SHARE, half of a warpgroup's sums
 static_assert(GROUPS < 4, "registers do not suffice for more; only chunks of one group are shared, and by all warpgroups");
 
@@ -79,14 +82,14 @@ struct Place {
   }
 };
 
-// One of the two places for a chunk.
+// One of the places for a chunk.
 struct ChunkPlace {
   u32 place, parity;
   __device__ __forceinline__ u32 full() const { return CHUNK_BARRIERS + 8 * place; }
   __device__ __forceinline__ u32 at() const { return CHUNKS + place * CHUNK_BYTES; }
   __device__ __forceinline__ void next() {
-    parity ^= place;
-    place ^= 1;
+    place = (place + 1) % PLACES;
+    if (place == 0) parity ^= 1;
   }
 };
 
@@ -100,18 +103,28 @@ __device__ __forceinline__ void make_pairs(u32 word, int step, u32 low, u32 high
 // Some row groups of one item.
 struct Chunk { u32 item, group, n; };
 
-// Call `work` for this block's chunks of `total` row groups, of which each item has `per_item`.
-template <class Work> __device__ __forceinline__ void for_chunks(u32 total, u32 per_item, const Work& work) {
-  const u32 turn = GROUPS * gridDim.x, whole = total / turn * turn, less = (total - whole + gridDim.x - 1) / gridDim.x;
-  for (u32 at = 0;; at += turn) {
-    const bool last = at == whole;
-    const u32 size = last ? less : GROUPS, end = min(at + (blockIdx.x + 1) * size, total);
-    for (u32 begin = at + blockIdx.x * size; begin < end;) {
-      const u32 item = begin / per_item, group = begin - item * per_item, n = min(end - begin, per_item - group);
-      work(Chunk{item, group, n});
-      begin += n;
-    }
-    if (last) break;
+// Call `work` for this block's chunks of `items`, of `per_item` row groups each.  An item's chunks differ by one group at most, and
+// which ones are larger differs from item to item, so that no block gets larger ones than others.  If the last round has chunks for
+// half of the blocks or fewer, they are cut into pieces.
+template <class Work> __device__ __forceinline__ void for_chunks(u32 items, u32 per_item, const Work& work) {
+  const u32 of_item = (per_item + GROUPS - 1) / GROUPS, total = items * of_item;  // each has outputs of its own: below 2^32
+  for (u32 round = 0; round < total; round += gridDim.x) {
+    const u32 pieces = min((u32)GROUPS, max(1u, gridDim.x / (total - round))), i = round + blockIdx.x / pieces;
+    if (i >= total) return;
+    const u32 item = i / of_item, chunk = (i + item) % of_item, piece = blockIdx.x % pieces;
+    const u32 first = chunk * (per_item / of_item) + min(chunk, per_item % of_item), n = (per_item + of_item - 1 - chunk) / of_item;
+    const u32 begin = piece * n / pieces, end = (piece + 1) * n / pieces;
+    if (begin < end) work(Chunk{item, first + begin, end - begin});
+  }
+}
+
+// Call `work` for what another warp has found out about this block's chunks, one after the other, where it stands.
+template <class Work> __device__ __forceinline__ void for_known_chunks(const Work& work) {
+  for (ChunkPlace about{0, 0};; about.next()) {
+    wait_barrier(about.full(), about.parity);
+    const u32 n = load_shared(about.at() + GROUPS_AT);
+    if (!n) return;
+    work(about, n);
   }
 }
 
@@ -127,10 +140,10 @@ struct Output {
 // Store the sums of a warpgroup's 64 rows.  at: the chunk's place.  All that this needs is made after the products, which need the
 // registers.  A lane has sums of two tokens and of rows 8 apart; squares of 8 x 8 are transposed, then neighbours exchange a half, and
 // each has four rows of one token: 32 bytes of a token leave side by side.
-__device__ __forceinline__ void store(const float* c, u32 octets, u32 at, u32 first_group, const Output& out) {
+__device__ __forceinline__ void store(const float* c, u32 octets, u32 at, const Output& out) {
   hold(at);
   const u32 thread = thread_number(), lane = thread & 31, odd = lane & 1;
-  const int row = 64 * (first_group + (thread >> 7)) + 16 * (thread >> 5 & 3) + 8 * odd + 2 * (lane & 2);
+  const int row = 64 * (load_shared(at + GROUP) + (thread >> 7)) + 16 * (thread >> 5 & 3) + 8 * odd + 2 * (lane & 2);
   u16* const y = out.y + row;
   constexpr int AT_ONCE = 4;  // octets of tokens
 #pragma unroll
@@ -196,7 +209,7 @@ __device__ __forceinline__ void add_parts(float* c, u32 octets, u32 part, u32 pa
     }
 }
 
-// Queue the products of a stage.
+// Queue the products of half a stage.
 template <int TOKENS> __device__ __forceinline__ void queue(float* c, const u32 (*a)[4], const u64* b) {
   begin_products();
 #pragma unroll
@@ -210,7 +223,7 @@ struct Stage { u32 barrier, x, word[2][2]; };
 // The product of this warpgroup's 64 rows with the tokens of `octets`.  low, high: levels of this lane's two rows, as `permute`
 // takes them.  digits: where in a stage this lane's first word stands.
 __device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 digits, u32 octets, int blocks, Place& place, u32 at,
-                                         u32 first_group, u32 part, u32 parts, const Output& out) {
+                                         u32 part, u32 parts, const Output& out) {
   float c[SUMS];
 #pragma unroll
   for (int i = 0; i < SUMS; i++) c[i] = 0.f;
@@ -274,7 +287,7 @@ __device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 di
   for (int i = 0; i < SUMS; i++) hold(c[i]);
   if (before) arrive(before + EMPTY);
   if (SHARE && parts > 1) add_parts(c, octets, part, parts);
-  if (part == 0) store(c, octets, at, first_group, out);
+  if (part == 0) store(c, octets, at, out);
 }
 
 // Bring x of N tokens of this lane, of all blocks of columns, to the ring.  units: where they are, from `from` on, in units of 16
@@ -318,7 +331,7 @@ __device__ __forceinline__ void end_warp() {
   if (lane == 0) before = atomicAdd((int*)(shared + (ENDED - SHARED_BASE)), 1);
   if (__shfl_sync(FULL_WARP, before, 0) != WARPS + HELPERS - 1) return;
   for (int i = lane; i < 2 * SLOTS; i += 32) end_barrier(BARRIERS + 8 * i);
-  if (lane < 4) end_barrier(CHUNK_BARRIERS + 8 * lane);
+  if (lane < 2 * PLACES) end_barrier(CHUNK_BARRIERS + 8 * lane);
 }
 
 // Items first_item to first_item + max_items - 1, as far as there are.  slot: where the digits of an item's expert stand, as
@@ -331,28 +344,23 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
   if ((u32)__cvta_generic_to_shared(shared) != SHARED_BASE) __trap();
   const int warp = __shfl_sync(FULL_WARP, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;  // known to be the same in all lanes
   const int blocks = (cols + 63) / 64;
-  const u32 per_item = (rows + 63) / 64, total = per_item * max(0, min(*n_items - first_item, max_items));
+  const u32 per_item = (rows + 63) / 64;
   if (threadIdx.x < 2 * SLOTS) init_barrier(BARRIERS + 8 * threadIdx.x, threadIdx.x < SLOTS ? 32 * X_WARPS + 1 : 32 * WARPS);
-  if (threadIdx.x < 4) init_barrier(CHUNK_BARRIERS + 8 * threadIdx.x, threadIdx.x < 2 ? 32 : WARPS + X_WARPS);
+  if (threadIdx.x < 2 * PLACES) init_barrier(CHUNK_BARRIERS + 8 * threadIdx.x, threadIdx.x < PLACES ? 32 : WARPS + X_WARPS + 1);
   if (threadIdx.x == 0) *(int*)(shared + (ENDED - SHARED_BASE)) = 0;
   publish_barriers();
   __syncthreads();
+  wait_for_previous();
 
   Place place;
-  ChunkPlace about{0, 0};
   if (warp >= WARPS) {
     give_registers<FEW>();
-    item_first += first_item;
-    item_count += first_item;
-    item_expert += first_item;
-    if (slot) slot += first_item;
     if (warp < WARPS + X_WARPS) {
       // Eight lanes bring 128 bytes of a token, and of every ABREAST-th from there on.
       const u32 thread = threadIdx.x - 32 * WARPS, c = thread & 7, t = thread >> 3;
       const u32 to = 128 * t + 16 * (c ^ (t & 7)), stride = x_stride / 16;
       static_assert(ABREAST % 8 == 0, "a lane's places have the same 16 bytes of each row");
-      for_chunks(total, per_item, [&](const Chunk&) {
-        wait_barrier(about.full(), about.parity);
+      for_known_chunks([&](const ChunkPlace& about, u32) {
         const u32 count = load_shared(about.at() + COUNT);
         u32 units[PASSES];
 #pragma unroll
@@ -362,15 +370,15 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
         }
         __syncwarp();  // all lanes have read what there is about the chunk
         if (lane == 0) arrive(about.full() + CHUNK_EMPTY);
-        about.next();
         const u32 first = 4 * (warp - WARPS), passes = count > first ? (count - first + ABREAST - 1) / ABREAST : 0;
         gather_in_passes<0>(passes, x, units, to, cols, place);
       });
     } else if (warp == WARPS + X_WARPS) {
       if (lane == 0)
-        for_chunks(total, per_item, [&](const Chunk& chunk) {
-          const u32 bytes = chunk.n * 1024;
-          const u8* from = digits + (slot ? slot[chunk.item] : chunk.item) * slot_bytes + (u64)chunk.group * 1024;
+        for_known_chunks([&](const ChunkPlace& about, u32 n) {
+          const u32 bytes = n * 1024;
+          const u8* from = digits + load_shared(about.at() + SLOT) * slot_bytes + (u64)load_shared(about.at() + GROUP) * 1024;
+          arrive(about.full() + CHUNK_EMPTY);
 #pragma unroll 1
           for (int block = 0; block < blocks; block += 2) {
             const int halves = min(blocks - block, 2);
@@ -385,34 +393,56 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
           }
         });
     } else {
-      for_chunks(total, per_item, [&](const Chunk& chunk) {
-        const int expert = item_expert[chunk.item], n_tokens = item_count[chunk.item];
-        const int* const tokens = slot_token + item_first[chunk.item];
-        u32* const to = (u32*)(shared + (about.at() - SHARED_BASE));
+      // All that it asks memory for is on its way before anything waits for it: a chunk of short rows takes no longer.
+      ChunkPlace about{0, 0};
+      auto tell = [&](const Chunk& chunk) {
+        constexpr int TOKENS = MAX_TOKENS / 32;
+        u32 level[2 * GROUPS]{}, at = 0, n_tokens = 0;
+        int token[TOKENS]{};
+        float factor[TOKENS]{};
+        if (chunk.n) {
+          const int item = first_item + chunk.item, expert = item_expert[item];
+          const int* const tokens = slot_token + item_first[item];
+          n_tokens = item_count[item];
+          at = slot ? slot[item] : chunk.item;
+#pragma unroll
+          for (int i = 0; i < 2 * GROUPS; i++) {
+            const int row = 64 * chunk.group + 32 * i + lane;
+            level[i] = row < min(rows, (int)(64 * (chunk.group + chunk.n))) ? __ldg(levels + (u64)expert * rows + row) : 0u;
+          }
+#pragma unroll
+          for (int i = 0; i < TOKENS; i++) token[i] = 32 * i + lane < n_tokens ? __ldg(tokens + 32 * i + lane) : -1;
+#pragma unroll
+          for (int i = 0; i < TOKENS; i++) factor[i] = scale && token[i] >= 0 ? __ldg(scale + token[i]) : 1.f;
+        }
         wait_long(about.full() + CHUNK_EMPTY, about.parity ^ 1);
-#pragma unroll 1
-        for (int i = lane; i < (int)(64 * chunk.n); i += 32) {
-          const int row = 64 * chunk.group + i;
-          to[LEVELS / 4 + i] = row < rows ? __ldg(levels + (u64)expert * rows + row) : 0u;
+        u32* const to = (u32*)(shared + (about.at() - SHARED_BASE)) + lane;
+#pragma unroll
+        for (int i = 0; i < 2 * GROUPS; i++) to[LEVELS / 4 + 32 * i] = level[i];
+#pragma unroll
+        for (int i = 0; i < TOKENS; i++) {
+          to[TOKENS_AT / 4 + 32 * i] = token[i];
+          to[SCALES / 4 + 32 * i] = __float_as_uint(factor[i]);
         }
-#pragma unroll 1
-        for (int i = lane; i < MAX_TOKENS; i += 32) {
-          const int token = i < n_tokens ? __ldg(tokens + i) : -1;
-          to[TOKENS_AT / 4 + i] = token;
-          to[SCALES / 4 + i] = __float_as_uint(scale && token >= 0 ? __ldg(scale + token) : 1.f);
+        if (lane == 0) {
+          to[GROUPS_AT / 4] = chunk.n;
+          to[GROUP / 4] = chunk.group;
+          to[COUNT / 4] = n_tokens;
+          to[SLOT / 4] = at;
         }
-        if (lane == 0) to[COUNT / 4] = n_tokens;
         arrive(about.full());
         about.next();
-      });
+      };
+      for_chunks(max(0, min(*n_items - first_item, max_items)), per_item, tell);
+      tell(Chunk{0, 0, 0});
     }
     end_warp();
   } else {
     take_registers<MANY>();
     const Output out{y, y_stride, relu ? 0.f : __uint_as_float(0xff800000u), rows, ((rows | y_stride) & 3) == 0 && ((u64)y & 7) == 0};
-    for_chunks(total, per_item, [&](const Chunk& chunk) {
-      const u32 parts = SHARE ? GROUPS / chunk.n : 1, part = (warp >> 2) / chunk.n, group = (warp >> 2) - part * chunk.n;
-      wait_barrier(about.full(), about.parity);
+    for_known_chunks([&](const ChunkPlace& about, u32 n) {
+      const u32 parts = SHARE ? GROUPS / n : 1, part = SHARE ? (warp >> 2) / n : (warp >> 2) >= n;
+      const u32 group = SHARE ? (warp >> 2) - part * n : warp >> 2;
       if (part < parts) {
         const u32 in_chunk = 64 * group + 16 * (warp & 3) + (lane >> 2);
         u32 low[2], high[2];  // zero, first bytes of the low and the high level, second byte of the low one; in byte 2 that of the high
@@ -423,7 +453,7 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
           high[i] = pair >> 8 & 0xff0000u;
         }
         const u32 octets = (load_shared(about.at() + COUNT) + 7) / 8, words = 2 * X_BYTES + 16 * in_chunk + 4 * (lane & 3);
-        multiply(low, high, words, octets, blocks, place, about.at(), chunk.group, part, parts, out);
+        multiply(low, high, words, octets, blocks, place, about.at(), part, parts, out);
       } else {
 #pragma unroll 1
         for (int block = 0; block < blocks; block += 2) {
@@ -434,7 +464,6 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
       }
       __syncwarp();  // all lanes have read what there is about the chunk
       if (lane == 0) arrive(about.full() + CHUNK_EMPTY);
-      about.next();
     });
     end_warp();
   }

@@ -105,6 +105,7 @@ __device__ __forceinline__ Counts count_same(const int* of, int n, int me) {
 // One block, of a thread for each token.  The first token of each expert makes its items.
 extern "C" __global__ void __launch_bounds__(512)
 route_tokens(const i64* expert, int tokens, int experts, int largest, int least, int* n_items, int* item_expert, int* item_tokens) {
+  wait_for_previous();
   extern __shared__ int shared[];
   Places* const places = (Places*)shared;                // [tokens]
   int* const of = (int*)(places + tokens);               // [tokens]
@@ -125,14 +126,14 @@ route_tokens(const i64* expert, int tokens, int experts, int largest, int least,
   if (some) place(lists, places[counts.first], counts.before, t);
 }
 
-constexpr int CHUNK = 256;  // tokens that a block ranks
-
-// rank[t]: tokens of the same expert before t in its chunk.  counts[chunk][expert]: their number, where there are any.
-extern "C" __global__ void __launch_bounds__(CHUNK) rank_tokens(const i64* expert, int tokens, int experts, int* n_items,
-                                                              int* counts, int* rank) {
+// A block's chunk has a token, or an expert, for each thread.  rank[t]: tokens of the same expert before t in its chunk.
+// counts[chunk][expert]: their number, where there are any.
+extern "C" __global__ void __launch_bounds__(512)
+rank_tokens(const i64* expert, int tokens, int experts, int* n_items, int* counts, int* rank) {
+  wait_for_previous();
   extern __shared__ int shared[];
-  int* const of = shared;  // [CHUNK]
-  const int first = blockIdx.x * CHUNK, n = min(tokens - first, CHUNK), me = threadIdx.x;
+  int* const of = shared;  // [threads]
+  const int first = blockIdx.x * blockDim.x, n = min(tokens - first, (int)blockDim.x), me = threadIdx.x;
   if (blockIdx.x == 0 && me < 6) n_items[me] = 0;  // for the kernels behind
   if (me < n) of[me] = checked_expert(expert[first + me], experts);
   __syncthreads();
@@ -143,9 +144,10 @@ extern "C" __global__ void __launch_bounds__(CHUNK) rank_tokens(const i64* exper
 }
 
 // Counts become those of the chunks before; places: of each expert.
-extern "C" __global__ void __launch_bounds__(CHUNK)
+extern "C" __global__ void __launch_bounds__(512)
 make_items(int tokens, int experts, int largest, int least, int* n_items, int* item_expert, int* item_tokens, int* counts, Places* places) {
-  const int expert = blockIdx.x * CHUNK + threadIdx.x, chunks = (tokens + CHUNK - 1) / CHUNK;
+  wait_for_previous();
+  const int expert = blockIdx.x * blockDim.x + threadIdx.x, chunks = (tokens + blockDim.x - 1) / blockDim.x;
   if (expert >= experts) return;
   int n = 0;
 #pragma unroll 8
@@ -158,11 +160,12 @@ make_items(int tokens, int experts, int largest, int least, int* n_items, int* i
   if (n) places[expert] = make_all(Lists{tokens, largest, least, n_items, item_expert, item_tokens}, n, expert);
 }
 
-extern "C" __global__ void __launch_bounds__(CHUNK)
+extern "C" __global__ void __launch_bounds__(512)
 place_tokens(const i64* expert, int tokens, int experts, int largest, int least, int* n_items, int* item_expert, int* item_tokens,
              const int* counts, const int* rank, const Places* places) {
+  wait_for_previous();
   const Lists lists{tokens, largest, least, n_items, item_expert, item_tokens};
-  const int t = blockIdx.x * CHUNK + threadIdx.x;
+  const int t = blockIdx.x * blockDim.x + threadIdx.x;
   if (t >= tokens) return;
   const int e = checked_expert(expert[t], experts);
   if (e < 0) lists.drop(t, e);
