@@ -22,13 +22,11 @@ class Options:
     """What measurements may choose; 0 and None for what suits the shape.
 
     groups : row groups of 64 that a block multiplies at a time, 2 or 3
-    share : warpgroups share the columns of chunks of one group
     slots : stages of the ring
     rows, warps, blocks : of the decoder, per warp, per block and per multiprocessor
     """
 
     groups: int = 0
-    share: bool | None = None
     slots: int = 0
     rows: int = 0
     warps: int = 8
@@ -49,19 +47,9 @@ def fits(experts: GpuExperts, x: torch.Tensor) -> bool:
     )
 
 
-def _plan_product(experts: GpuExperts, n_items: int, options: Options) -> plan.MultiplyPlan:
-    """Plan for so many items at most."""
-    rows = experts.shape[1]
-    groups = options.groups or plan.choose_groups(rows)
-    share = options.share
-    if share is None:
-        share = n_items * -(-rows // 64) < 4 * groups * modules.n_multiprocessors(experts.device)
-    return plan.plan_multiply(
-        groups,
-        max_shared_bytes=modules.max_shared_bytes(experts.device),
-        share=share,
-        slots=options.slots,
-    )
+def _plan_product(experts: GpuExperts, options: Options) -> plan.MultiplyPlan:
+    groups = options.groups or plan.choose_groups(experts.shape[1])
+    return plan.plan_multiply(groups, max_shared_bytes=modules.max_shared_bytes(experts.device), slots=options.slots)
 
 
 def _padded(cols: int) -> int:
@@ -86,10 +74,12 @@ def _launch_decoder(
     listed: tuple[torch.Tensor, torch.Tensor] | None = None,
     first: int = 0,
     most: int,
+    zero: torch.Tensor | None = None,
 ) -> None:
     """Decode `most` experts at most, from place or number `first` on.
 
     listed : int32 on the device, how many experts, and their numbers; None for all
+    zero : int32 on the device, becomes 0
     """
     _, rows, cols = experts.shape
     device, p, i32 = experts.device, modules.pointer, modules.i32
@@ -114,15 +104,23 @@ def _launch_decoder(
             i32(rows),
             i32(cols),
             i32(form.pitch),
+            i32(len(experts.bank.dictionaries)),
+            p(zero),
+            i32(0 if zero is None else len(zero)),
         ),
         shared_bytes=form.shared_bytes,
         early=True,
     )
 
 
-def _plan_decoder(experts: GpuExperts, n_decoded: int, options: Options = _DEFAULT) -> plan.DecodePlan | None:
-    """Plan for so many experts at most; None where the kernel does not fit their codewords, rows or levels."""
-    least = 32 // experts.layout.lanes if experts.layout is not None else 1
+def _plan_decoder(
+    experts: GpuExperts, n_decoded: int, options: Options = _DEFAULT, *, least: int = 1
+) -> plan.DecodePlan | None:
+    """Plan for so many experts; None where the kernel does not fit their codewords, rows or levels.
+
+    least : rows per warp at least, where they fit
+    """
+    least = max(least, 32 // experts.layout.lanes if experts.layout is not None else 1)
     rows = options.rows or plan.choose_decode_rows(n_decoded * experts.shape[1], least, modules.n_multiprocessors(experts.device))
     return experts.decode_plan(rows, options.warps, options.blocks)
 
@@ -163,15 +161,19 @@ def launch(
     at_once = items.max_large
     if n_decoded * expert_bytes > SCRATCH_BYTES:
         n_decoded = at_once = min(at_once, max(1, SCRATCH_BYTES // expert_bytes))
-    decoder = _plan_decoder(experts, n_decoded, options)
+    # How many there are is not known here: there may be so many if each has the least number of tokens. A quarter is the guess.
+    decoder = _plan_decoder(experts, min(n_decoded, -(-items.max_large // 4)), options, least=2)
     if decoder is None:
         raise ValueError("digits need experts of 8-bit codewords whose rows fit into shared memory")
-    multiply = _plan_product(experts, at_once, options)
+    multiply = _plan_product(experts, options)
     x = _aligned(x)
     scratch = torch.empty(n_decoded * expert_bytes, dtype=torch.uint8, device=device)
     n_items, item_expert, slot_token = items.n_items[4:], items.item_expert[4], items.item_tokens[4]
     item_first, item_count = slot_token[6 * items.n_tokens :], slot_token[7 * items.n_tokens :]
-    n_multiprocessors = modules.n_multiprocessors(device)
+    # Chunks that several blocks share: two parts' sums for each block, and how many have left theirs.
+    n_blocks = modules.n_multiprocessors(device)
+    sums = torch.empty((2 * n_blocks, multiply.groups * 64 * plan.DIGITS_TOKENS), dtype=torch.float32, device=device)
+    arrived = torch.empty(n_blocks * multiply.groups, dtype=torch.int32, device=device)
     base = {"SHARED_BASE": modules.shared_base(device)}
     macros = multiply.macros(is_f16=x.dtype == torch.float16) | base
     n_parts = -(-items.max_large // at_once)
@@ -192,14 +194,12 @@ def launch(
         first = part * at_once
         count = min(at_once, items.max_large - first)
         n_here = min(count, n_decoded)
-        if slot is None:
-            _launch_decoder(experts, decoder, scratch, {"OUT_BYTES": 0}, listed=(n_items, item_expert), first=first, most=n_here)
-        else:
-            _launch_decoder(experts, decoder, scratch, {"OUT_BYTES": 0}, listed=(n_listed[part:], listed[first:]), most=n_here)
+        numbers, begin = ((n_items, item_expert), first) if slot is None else ((n_listed[part:], listed[first:]), 0)
+        _launch_decoder(experts, decoder, scratch, {"OUT_BYTES": 0}, listed=numbers, first=begin, most=n_here, zero=arrived)
         modules.launch(
             device,
             modules.function(device, "multiply_digits.cu", "multiply_digits", macros),
-            min(n_multiprocessors, count * -(-rows // 64)),
+            n_blocks,
             multiply.threads,
             (
                 p(scratch),
@@ -221,6 +221,8 @@ def launch(
                 i32(first),
                 i32(count),
                 expert_bytes,
+                p(sums),
+                p(arrived),
             ),
             shared_bytes=multiply.shared_bytes,
             early=True,

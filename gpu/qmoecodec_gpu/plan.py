@@ -299,12 +299,10 @@ class MultiplyPlan:
 
     groups : of 64 rows, one for each warpgroup
     slots : stages that the ring holds
-    share : warpgroups share the columns of chunks of one group
     """
 
     groups: int
     slots: int
-    share: bool
     shared_bytes: int
 
     @property
@@ -315,18 +313,18 @@ class MultiplyPlan:
     def macros(self, *, is_f16: bool) -> dict[str, int]:
         """Return the macros that the kernel is compiled with."""
         types = {"X_F16": int(is_f16), "LEVEL_KIND": int(is_f16)}
-        return types | {"GROUPS": self.groups, "SLOTS": self.slots, "SHARE": int(self.share)}
+        return types | {"GROUPS": self.groups, "SLOTS": self.slots}
 
 
-def plan_multiply(groups: int, *, max_shared_bytes: int, share: bool = False, slots: int = 0) -> MultiplyPlan:
+def plan_multiply(groups: int, *, max_shared_bytes: int, slots: int = 0) -> MultiplyPlan:
     """Plan the product with two-bit digits.
 
     slots : 0 for as many as fit
     """
     slot = 2 * (128 * DIGITS_TOKENS + 1024 * groups) + 16  # and two barriers
-    other = 4 * (256 * groups + 8 * DIGITS_TOKENS + 16 + 16) + 32 + (128 * DIGITS_TOKENS if share else 0)
+    other = 4 * (256 * groups + 8 * DIGITS_TOKENS + 48 + 16) + 32
     slots = slots or (max_shared_bytes - other) // slot
-    return MultiplyPlan(groups, slots, share, slots * slot + other)
+    return MultiplyPlan(groups, slots, slots * slot + other)
 
 
 def choose_groups(rows: int) -> int:

@@ -46,15 +46,14 @@ def test_compiles(file, architecture, tmp_path):
 
 
 PRODUCTS = [
-    plan.plan_multiply(groups, max_shared_bytes=232448, share=share).macros(is_f16=is_f16)
+    plan.plan_multiply(groups, max_shared_bytes=232448).macros(is_f16=is_f16)
     for groups in (2, 3)
-    for share in (False, True)
     for is_f16 in (False, True)
 ]
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
-@pytest.mark.parametrize("macros", PRODUCTS, ids=lambda m: f"{m['GROUPS']}-{m['SHARE']}-{m['X_F16']}")
+@pytest.mark.parametrize("macros", PRODUCTS, ids=lambda m: f"{m['GROUPS']}-{m['X_F16']}")
 def test_products(macros, tmp_path):
     """No product waits for another (C7510 and on), and nothing is spilled."""
     report = compile_kernel("multiply_digits.cu", [f"-D{k}={v}" for k, v in macros.items()], "sm_90a", tmp_path)

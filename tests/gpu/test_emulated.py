@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import itertools
+import math
 import pathlib
 import shutil
 import sys
@@ -106,18 +107,23 @@ def emulated(tmp_path, monkeypatch):
 
 @pytest.fixture
 def guarded_empty(monkeypatch):
-    """Buffers of bytes from torch.empty: filled with 0xFF, a guard behind each."""
-    real, given = torch.empty, []
+    """Buffers from torch.empty: filled, a guard behind each; gives those of bytes."""
+    real, given, others = torch.empty, [], []
+    fills = {torch.uint8: 0xFF, torch.int32: -77, torch.float32: math.inf}
 
     def empty(size, *, dtype, device):
-        if dtype != torch.uint8:
+        if dtype not in fills:
             return real(size, dtype=dtype, device=device)
-        given.append(torch.full((size + GUARD,), 0xFF, dtype=dtype))
-        return given[-1][:size]
+        n = math.prod(size) if isinstance(size, tuple) else size
+        buffer = torch.full((n + GUARD,), fills[dtype], dtype=dtype)
+        (given if dtype == torch.uint8 else others).append(buffer)
+        return buffer[:n].view(size)
 
     monkeypatch.setattr(torch, "empty", empty)
     yield given
-    assert given and all(bool((buffer[-GUARD:] == 0xFF).all()) for buffer in given)
+    assert given
+    for buffer in given + others:
+        assert bool((buffer[-GUARD:] == fills[buffer.dtype]).all())
 
 
 @pytest.fixture
@@ -218,20 +224,22 @@ def test_ring(run, bank, groups, slots):
     """Short rings, which go round often, and every number of row groups per block; chunks across items."""
     from qmoecodec_gpu import digits
 
-    options = digits.Options(groups=groups, slots=slots, share=False)
+    options = digits.Options(groups=groups, slots=slots)
     run(np.random.default_rng(52), (3, 333, 296), (16, 64, 30, 100), dictionary=bank["8 bit, .885"](), options=options)
 
 
 @pytest.mark.parametrize("groups", [pytest.param(2, marks=LONG), 3])
-@pytest.mark.parametrize("cols", [104, pytest.param(704, marks=LONG)])
-def test_shared_columns(run, bank, groups, cols):
-    """Warpgroups share columns of chunks of one group; fewer blocks than warpgroups; one expert, decoded once."""
-    from qmoecodec_gpu import digits
+@pytest.mark.parametrize(
+    ("n_blocks", "shape"), [(5, (1, 170, 1320)), (8, (1, 64, 1000)), pytest.param(13, (2, 220, 3090), marks=LONG)]
+)
+def test_parts_of_chunks(emulated, run, bank, monkeypatch, groups, n_blocks, shape):
+    """Several blocks have stages of a chunk, and some have stages of two; whole turns before those, and none."""
+    from qmoecodec_gpu import digits, modules
 
-    options = digits.Options(groups=groups, share=True, slots=groups + 1, rows=2)
+    monkeypatch.setattr(modules, "n_multiprocessors", lambda device: n_blocks)
     rng = np.random.default_rng(54)
-    for counts in ((40,), (128, 9), (128, 20, 64)):
-        run(rng, (1, 170, cols), counts, dictionary=bank["8 bit, .885"](), options=options)
+    for counts in ((40,), (128, 9), (20, 64, 128, 17, 100, 40, 9)):
+        run(rng, shape, counts, dictionary=bank["8 bit, .885"](), options=digits.Options(groups=groups, slots=3, rows=2))
 
 
 @LONG

@@ -219,12 +219,11 @@ def test_digits_plans():
         for total in np.exp(rng.uniform(0, 20, size=50)).astype(int):
             assert plan.choose_decode_rows(int(total), least, 132) in [rows for rows in (1, 2, 4, 8) if rows >= least]
     for rows in (1, 64, 128, 129, 2080, 6144):
-        for share in (False, True):
-            groups = plan.choose_groups(rows)
-            found = plan.plan_multiply(groups, max_shared_bytes=232448, share=share)
-            assert 232448 - 2 * (128 * 128 + 1024 * groups) - 16 < found.shared_bytes <= 232448
-            assert found.slots > groups
-            assert found.threads == 128 * (groups + 2)
+        groups = plan.choose_groups(rows)
+        found = plan.plan_multiply(groups, max_shared_bytes=232448)
+        assert 232448 - 2 * (128 * 128 + 1024 * groups) - 16 < found.shared_bytes <= 232448
+        assert found.slots > groups
+        assert found.threads == 128 * (groups + 2)
 
 
 def test_first_experts():

@@ -364,7 +364,7 @@ def uncovered(forms: set[tuple[str, ...]]) -> list[str]:
                       "LEVEL_KIND": "012"},
         "tile.cu": {"GROUPS": "124", "NZ": "257", "X_F16": "01"},
         "decode_digits.cu": {"NZ": "237", "LANES": ("4", "8", "16", "32"), "ONE": "01", "OUT_BYTES": "012"},
-        "multiply_digits.cu": {"GROUPS": "23", "SHARE": "01", "X_F16": "01"},
+        "multiply_digits.cu": {"GROUPS": "23", "X_F16": "01"},
         "rows.cu": {"OUT_BYTES": "12", "TOK": "1248", "X_F16": "01", "LEVEL_KIND": "012"},
     }  # fmt: skip
     for file, macros in wanted.items():

@@ -296,23 +296,46 @@ extern "C" __global__ void __launch_bounds__(512) list_experts(const int* n_item
 
 // Experts first to first + most - 1 of the list, as far as there are; without a list, those of these numbers.  pitch: words of digits
 // per row in shared memory, with room for four phrases beyond the row (the last one, and three padding codewords), and an odd multiple
-// of 4, so that eight rows lie in different banks.
+// of 4, so that eight rows lie in different banks.  dictionaries: how many there are.  zero: n_zero numbers that become 0, for the
+// kernel behind.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
 decode_digits(const u32* codes, const u64* expert_start, const u32* row_start, const u8* dictionary, const u32* threshold,
               const Entry* tables, const void* levels, const int* n_listed, const int* listed, int first, int most, u8* out, int rows,
-              int cols, int pitch) {
+              int cols, int pitch, int dictionaries, int* zero, int n_zero) {
   if ((u32)__cvta_generic_to_shared(shared) != SHARED_BASE) __trap();
   const int lane = threadIdx.x & 31, warp = __shfl_sync(FULL_WARP, threadIdx.x >> 5, 0);  // known to be the same in all lanes
   const int tiles = (rows + TILE - 1) / TILE;
   const u32 own = warp * ROWS * pitch;
   u32* const digits = (u32*)(shared + TABLE_BYTES) + own;
   for (int i = lane; i < ROWS * pitch / 4; i += 32) ((uint4*)digits)[i] = make_uint4(0, 0, 0, 0);
+  int known = -1;  // the dictionary whose table is there
+  auto fill = [&](int d) {
+    __syncthreads();  // nobody reads the old one
+    for (int i = threadIdx.x; i < 512; i += 32 * WARPS) {
+      Entry e = __ldg(tables + 512 * d + i);
+#if NZ == 2
+      if (e >> 24) e &= 0xffu;
+      else e |= (e >> 8 & 0xffu) == (e >> 16 & 0xffu) ? FIRST : FIRST | SECOND;
+#endif
+#pragma unroll
+      for (int k = 0; k < (int)(COPIES * ENTRY_BYTES / 16); k++)
+#if NZ > 3
+        ((uint4*)shared)[i * (COPIES / 2) + k] = make_uint4(e.x, e.y, e.x, e.y);
+#else
+        ((uint4*)shared)[i * (COPIES / 4) + k] = make_uint4(e, e, e, e);
+#endif
+    }
+    __syncthreads();
+    known = d;
+  };
+  if (dictionaries == 1) fill(0);
   wait_for_previous();
+  if (blockIdx.x == 0)
+    for (int i = threadIdx.x; i < n_zero; i += 32 * WARPS) zero[i] = 0;
   const u32 total = (u32)tiles * max(0, n_listed ? min(*n_listed - first, most) : most);
   __syncwarp();
 
   Ahead ahead;
-  int known = -1;  // the dictionary whose table is there
   auto expert_of = [&](u32 item) { return listed ? listed[first + item] : first + (int)item; };
   auto decoder_of = [&](u32 unit, int& d, u32& item) {
     item = unit / tiles;
@@ -329,25 +352,7 @@ decode_digits(const u32* codes, const u64* expert_start, const u32* row_start, c
     if (decoder.some) decoder.start(ahead);
   }
   for (u32 unit = blockIdx.x; unit < total; unit += gridDim.x) {
-    if (d != known) {
-      __syncthreads();  // nobody reads the old one
-      for (int i = threadIdx.x; i < 512; i += 32 * WARPS) {
-        Entry e = __ldg(tables + 512 * d + i);
-#if NZ == 2
-        if (e >> 24) e &= 0xffu;
-        else e |= (e >> 8 & 0xffu) == (e >> 16 & 0xffu) ? FIRST : FIRST | SECOND;
-#endif
-#pragma unroll
-        for (int k = 0; k < (int)(COPIES * ENTRY_BYTES / 16); k++)
-#if NZ > 3
-          ((uint4*)shared)[i * (COPIES / 2) + k] = make_uint4(e.x, e.y, e.x, e.y);
-#else
-          ((uint4*)shared)[i * (COPIES / 4) + k] = make_uint4(e, e, e, e);
-#endif
-      }
-      __syncthreads();
-      known = d;
-    }
+    if (d != known) fill(d);
     const bool more = unit + gridDim.x < total;
     if (more) next = decoder_of(unit + gridDim.x, next_d, next_item);
     if (decoder.some) decoder.run(ahead, own * 32, pitch * 32);

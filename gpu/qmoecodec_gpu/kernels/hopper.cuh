@@ -34,8 +34,8 @@ __device__ __forceinline__ void wait_long(u32 barrier, u32 parity) {
                "done:}" :: "r"(barrier), "r"(parity) : "memory");
 }
 
-// Until `threads` threads are here; N of 1 to 15.
-template <int N> __device__ __forceinline__ void meet(u32 threads) { asm volatile("bar.sync %0,%1;" :: "n"(N), "r"(threads) : "memory"); }
+// Until all threads of this warpgroup are here.
+__device__ __forceinline__ void meet_warpgroup() { asm volatile("bar.sync %0,128;" :: "r"(1 + threadIdx.x / 128) : "memory"); }
 
 // Order a copy into shared memory, of which `barrier` is told.  Addresses and size are multiples of 16.
 __device__ __forceinline__ void copy_to_shared(u32 to, const u8* from, u32 bytes, u32 barrier) {
@@ -65,8 +65,6 @@ __device__ __forceinline__ u32 load_shared(u32 address) {
   asm volatile("ld.shared.u32 %0,[%1];" : "=r"(v) : "r"(address));
   return v;
 }
-
-__device__ __forceinline__ void store_shared(u32 address, float v) { asm volatile("st.shared.f32 [%0],%1;" :: "r"(address), "f"(v) : "memory"); }
 
 // A square of 8 x 8 16-bit numbers, of which lane l has two neighbours in row l / 4, transposed.
 __device__ __forceinline__ u32 transpose(u32 two) {

@@ -17,8 +17,9 @@
 //  4. Nothing waits for a whole block: warpgroups store their sums from registers, transposed there, and go on.  Another warp has
 //     brought what they need of the next rows and tokens into shared memory by then.
 //  5. Items are cut into chunks of at most GROUPS row groups, as equal as they come, and dealt out in turn, so that neighbours read
-//     the same x at the same time; into smaller ones where blocks would be left without.  Warpgroups share the columns of a chunk of
-//     one group, and their sums are added up in shared memory (SHARE, for launches with few rows).
+//     the same x at the same time.  Chunks that do not make a whole turn are cut further, into row groups and stages, so that all blocks
+//     have some.  Where several have stages of the same rows, the last one to finish adds up their sums, in the order of the columns
+//     whoever it is.
 //
 // Trusts: levels of x's type, finite; x finite, its rows on 16-byte boundaries, all within 64 GiB, columns a multiple of 8.
 #include "common.cuh"
@@ -29,9 +30,6 @@
 #endif
 #ifndef SLOTS
 #define SLOTS 5        // stages that the ring holds
-#endif
-#ifndef SHARE
-#define SHARE 0        // warpgroups share the columns of chunks of one group
 #endif
 #ifndef SHARED_BASE
 #define SHARED_BASE 1024
@@ -47,7 +45,7 @@ constexpr u32 X_BYTES = 128 * MAX_TOKENS, DIGIT_BYTES = 1024 * GROUPS;  // of a 
 constexpr u32 SLOT_BYTES = 2 * (X_BYTES + DIGIT_BYTES);                  // x of both halves, digits of both
 constexpr u32 BARRIERS = SHARED_BASE + SLOTS * SLOT_BYTES, EMPTY = 8 * SLOTS;    // full ones, EMPTY further empty ones
 static_assert(SHARED_BASE % 1024 == 0, "what is swizzled lies on such boundaries");
-static_assert(SLOTS > (SHARE ? GROUPS : 2), "a stage is kept until the warpgroup's next one is there, or, not shared, two of them");
+static_assert(SLOTS > 2, "a stage is kept until the warpgroup's next two are there");
 
 // x in half a stage, for each octet of tokens 1024 bytes: the 16 bytes of columns 8 c .. 8 c + 7 of token t at 128 t + 16 (c ^ t), so
 // that neither copies nor products meet in a bank.  DESCRIPTION: of this, for wgmma, without the address; STEP: from one step of 16
@@ -56,17 +54,18 @@ constexpr u64 DESCRIPTION = (u64)1 << 62 | (u64)64 << 32;
 constexpr u32 STEP = 2;
 
 // What the other warps need of a chunk: levels of its rows, tokens (-1 for none) and their scales; the number of row groups, 0 behind
-// the last chunk, the first of them, the number of tokens, and where the expert's digits stand (`slot`, below).  There are places for
-// several chunks: the ring's warps are ahead by more than one where rows are short.
+// the last chunk, the first of them, the number of tokens, where the expert's digits stand (`slot`, below), and the rest of Chunk.
+// There are places for several chunks: the ring's warps are ahead by more than one where rows are short.
 constexpr u32 PLACES = 4, CHUNK_BARRIERS = BARRIERS + 2 * EMPTY, CHUNK_EMPTY = 8 * PLACES;
 constexpr u32 CHUNKS = (CHUNK_BARRIERS + 2 * CHUNK_EMPTY + 15) / 16 * 16;
 constexpr u32 LEVELS = 0, TOKENS_AT = 256 * GROUPS, SCALES = TOKENS_AT + 4 * MAX_TOKENS, GROUPS_AT = SCALES + 4 * MAX_TOKENS;
-constexpr u32 GROUP = GROUPS_AT + 4, COUNT = GROUPS_AT + 8, SLOT = GROUPS_AT + 12, CHUNK_BYTES = GROUPS_AT + 16;
+constexpr u32 GROUP = GROUPS_AT + 4, COUNT = GROUPS_AT + 8, SLOT = GROUPS_AT + 12, STAGE = GROUPS_AT + 16, STAGES = GROUPS_AT + 20;
+constexpr u32 PART = GROUPS_AT + 24, PARTS = GROUPS_AT + 28, FIRST = GROUPS_AT + 32, INDEX = GROUPS_AT + 36, CHUNK_BYTES = GROUPS_AT + 48;
 constexpr u32 ENDED = CHUNKS + PLACES * CHUNK_BYTES;  // warps that have ended
-constexpr u32 PARTS = ENDED + 16;                // with SHARE, half of a warpgroup's sums
-static_assert(GROUPS < 4, "registers do not suffice for more; only chunks of one group are shared, and by all warpgroups");
+constexpr u32 IS_LAST = ENDED + 4;                    // of each warpgroup: it adds up the parts
+static_assert(GROUPS < 4, "registers do not suffice for more");
 
-extern __shared__ __align__(1024) u8 shared[];  // ring, barriers, chunks, parts
+extern __shared__ __align__(1024) u8 shared[];  // ring, barriers, chunks
 
 // A place in the ring, its barrier and its stage; all warps go round it alike.
 struct Place {
@@ -84,13 +83,10 @@ struct Place {
 
 // One of the places for a chunk.
 struct ChunkPlace {
-  u32 place, parity;
-  __device__ __forceinline__ u32 full() const { return CHUNK_BARRIERS + 8 * place; }
-  __device__ __forceinline__ u32 at() const { return CHUNKS + place * CHUNK_BYTES; }
-  __device__ __forceinline__ void next() {
-    place = (place + 1) % PLACES;
-    if (place == 0) parity ^= 1;
-  }
+  u32 number = 0;  // of the chunk, counted by each block
+  __device__ __forceinline__ u32 parity() const { return number / PLACES & 1; }
+  __device__ __forceinline__ u32 full() const { return CHUNK_BARRIERS + 8 * (number % PLACES); }
+  __device__ __forceinline__ u32 at() const { return CHUNKS + number % PLACES * CHUNK_BYTES; }
 };
 
 // The weights of step `step` (0 to 3) out of a word of 16 digits (decode_digits.cu): those of two neighbours to `one`, 8 columns on to `two`.
@@ -100,29 +96,70 @@ __device__ __forceinline__ void make_pairs(u32 word, int step, u32 low, u32 high
   two = permute(low, high, select >> 16);
 }
 
-// Some row groups of one item.
-struct Chunk { u32 item, group, n; };
+// Some stages of some row groups of one item.  parts: blocks that have some of its stages, this one those of `part`.  Where there are
+// several, their sums stand at places (`add_parts`), those of part 0 at `first`, of part p at first - first % 2 + 2 p, and `index` is
+// the chunk's number among such.
+struct Chunk { u32 item, group, n, stage, stages, part, parts, first, index; };
 
 // Call `work` for this block's chunks of `items`, of `per_item` row groups each.  An item's chunks differ by one group at most, and
-// which ones are larger differs from item to item, so that no block gets larger ones than others.  If the last round has chunks for
-// half of the blocks or fewer, they are cut into pieces.
-template <class Work> __device__ __forceinline__ void for_chunks(u32 items, u32 per_item, const Work& work) {
+// which ones are larger differs from item to item, so that no block gets larger ones than others.  For a whole warp.
+template <class Work> __device__ __forceinline__ void for_chunks(u32 items, u32 per_item, u32 stages, const Work& work) {
   const u32 of_item = (per_item + GROUPS - 1) / GROUPS, total = items * of_item;  // each has outputs of its own: below 2^32
-  for (u32 round = 0; round < total; round += gridDim.x) {
-    const u32 pieces = min((u32)GROUPS, max(1u, gridDim.x / (total - round))), i = round + blockIdx.x / pieces;
-    if (i >= total) return;
-    const u32 item = i / of_item, chunk = (i + item) % of_item, piece = blockIdx.x % pieces;
-    const u32 first = chunk * (per_item / of_item) + min(chunk, per_item % of_item), n = (per_item + of_item - 1 - chunk) / of_item;
-    const u32 begin = piece * n / pieces, end = (piece + 1) * n / pieces;
-    if (begin < end) work(Chunk{item, first + begin, end - begin});
+  const u32 left = total % gridDim.x, whole = total - left, most = (per_item + of_item - 1) / of_item, block = blockIdx.x;
+  auto chunk_at = [&](u32 i) {
+    const u32 item = i / of_item, chunk = (i + item) % of_item;
+    const u32 group = chunk * (per_item / of_item) + min(chunk, per_item % of_item), n = (per_item + of_item - 1 - chunk) / of_item;
+    return Chunk{item, group, n, 0, stages, 0, 1, 0, 0};
+  };
+  for (u32 i = block; i < whole; i += gridDim.x) work(chunk_at(i));
+  if (!left) return;
+
+  // The rest: chunks are cut into pieces of fewer groups, and the stages of all pieces dealt out to `blocks` blocks.  Each lane
+  // estimates, in ns, one number of pieces of a chunk and of parts of a piece; lane 31, all blocks alike, whose parts fall as they may.
+  constexpr u32 ALIKE = 31, MOST_PARTS = 8;
+  const u32 lane = threadIdx.x & 31, few = min(stages, 100000u), k = lane / MOST_PARTS + 1, parts_of_piece = lane % MOST_PARTS + 1;
+  u32 ns = 1u << 26;
+  auto stage_ns = [](u32 groups) { return 400 + 100 * groups; };
+  if (lane == ALIKE) {
+    if (left * few >= gridDim.x) ns = (left * few + gridDim.x - 1) / gridDim.x * stage_ns(most) + 2500 + 700 * (gridDim.x / left + 2);
+  } else if (k <= most && parts_of_piece <= stages && left * k * parts_of_piece <= gridDim.x) {
+    ns = (few + parts_of_piece - 1) / parts_of_piece * stage_ns((most + k - 1) / k);
+    if (parts_of_piece > 1) ns += 1500 + 700 * parts_of_piece;
+  }
+  const u32 choice = __reduce_min_sync(FULL_WARP, min(ns, 1u << 26) * 32 + lane) % 32, pieces = choice == ALIKE ? 1 : choice / MOST_PARTS + 1;
+  const u32 blocks = choice == ALIKE ? gridDim.x : left * pieces * (choice % MOST_PARTS + 1);
+  if (block >= blocks) return;
+
+  // Block b of them has stages from b * all / blocks on.
+  const u64 all = (u64)left * pieces * stages;
+  auto block_of = [&](u64 stage) { return (u32)(((stage + 1) * blocks - 1) / all); };
+  for (u64 at = block * all / blocks, end = (block + 1) * all / blocks; at < end;) {
+    const u32 index = (u32)(at / stages);
+    const u64 begin = (u64)index * stages;
+    const u32 first = block_of(begin);
+    Chunk chunk = chunk_at(whole + index / pieces);
+    const u32 from = index % pieces * chunk.n / pieces, to = (index % pieces + 1) * chunk.n / pieces;
+    chunk.group += from;
+    chunk.n = to - from;
+    chunk.stage = (u32)(at - begin);
+    chunk.stages = (u32)min(end - at, begin + stages - at);
+    chunk.part = block - first;
+    chunk.parts = block_of(begin + stages - 1) - first + 1;
+    chunk.first = 2 * first + (first * all / blocks < begin);  // that block has a part of the piece before, too
+    chunk.index = index;
+    if (chunk.n) work(chunk);
+    at += chunk.stages;
   }
 }
 
+// What a whole warp reads, known to be the same in all lanes: what hangs on it stays in registers that the lanes share.
+__device__ __forceinline__ u32 load_same(u32 address) { return __shfl_sync(FULL_WARP, load_shared(address), 0); }
+
 // Call `work` for what another warp has found out about this block's chunks, one after the other, where it stands.
-template <class Work> __device__ __forceinline__ void for_known_chunks(const Work& work) {
-  for (ChunkPlace about{0, 0};; about.next()) {
-    wait_barrier(about.full(), about.parity);
-    const u32 n = load_shared(about.at() + GROUPS_AT);
+template <bool WHOLE_WARP = true, class Work> __device__ __forceinline__ void for_known_chunks(const Work& work) {
+  for (ChunkPlace about;; about.number++) {
+    wait_barrier(about.full(), about.parity());
+    const u32 n = WHOLE_WARP ? load_same(about.at() + GROUPS_AT) : load_shared(about.at() + GROUPS_AT);
     if (!n) return;
     work(about, n);
   }
@@ -141,7 +178,6 @@ struct Output {
 // registers.  A lane has sums of two tokens and of rows 8 apart; squares of 8 x 8 are transposed, then neighbours exchange a half, and
 // each has four rows of one token: 32 bytes of a token leave side by side.
 __device__ __forceinline__ void store(const float* c, u32 octets, u32 at, const Output& out) {
-  hold(at);
   const u32 thread = thread_number(), lane = thread & 31, odd = lane & 1;
   const int row = 64 * (load_shared(at + GROUP) + (thread >> 7)) + 16 * (thread >> 5 & 3) + 8 * odd + 2 * (lane & 2);
   u16* const y = out.y + row;
@@ -189,24 +225,48 @@ __device__ __forceinline__ void store(const float* c, u32 octets, u32 at, const 
   }
 }
 
-// Add the sums of the warpgroups that shared a row group's columns to those of part 0.
-__device__ __forceinline__ void add_parts(float* c, u32 octets, u32 part, u32 parts) {
-  constexpr int AT_ONCE = SUMS / 2;
-  const u32 to = PARTS + thread_number() % 128 * 4;
+// Leave this warpgroup's sums where others find them, in `sums`: [place][group][octet of tokens][thread], four each.  If the other parts
+// have left theirs, add up all of them and return true.  arrived: how many have, for each chunk with parts and each group.
+__device__ __forceinline__ bool add_parts(float* c, u32 octets, u32 at, u32 parts, float4* sums, int* arrived) {
+  const u32 thread = thread_number() % 128, group = thread_number() / 128, part = load_same(at + PART);
+  const u32 first = load_same(at + FIRST), is_last = IS_LAST + 4 * group;
+  auto place = [&](u32 p) { return sums + ((p ? first / 2 * 2 + 2 * p : first) * GROUPS + group) * (SUMS / 4 * 128) + thread; };
+  float4* const to = place(part);
+#pragma unroll
+  for (int o = 0; o < SUMS / 4; o++) {
+    if (o >= octets) break;
+    __stcg(to + 128 * o, make_float4(c[4 * o], c[4 * o + 1], c[4 * o + 2], c[4 * o + 3]));
+  }
+  __threadfence();
+  meet_warpgroup();
+  if (thread == 0)
+    *(u32*)(shared + (is_last - SHARED_BASE)) = atomicAdd(arrived + load_shared(at + INDEX) * GROUPS + group, 1) == (int)parts - 1;
+  meet_warpgroup();
+  if (!load_same(is_last)) return false;
+  __threadfence();
+#pragma unroll
+  for (int i = 0; i < SUMS; i++) c[i] = 0.f;
+  constexpr int AT_ONCE = 8;
 #pragma unroll 1
-  for (u32 p = 1; p < parts; p++)
+  for (u32 p = 0; p < parts; p++) {
+    const float4* const from = place(p);
 #pragma unroll
-    for (int first = 0; first < SUMS; first += AT_ONCE) {
-      if (first / 4 >= octets) break;
-      if (part == p)
+    for (int o = 0; o < SUMS / 4; o += AT_ONCE) {
+      if (o >= octets) break;
+      float4 four[AT_ONCE];
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) store_shared(to + 512 * i, c[first + i]);
-      meet<1>(128 * GROUPS);
-      if (part == 0)
+      for (int i = 0; i < AT_ONCE; i++) four[i] = o + i < octets ? __ldcg(from + 128 * (o + i)) : make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) c[first + i] += __uint_as_float(load_shared(to + 512 * i));
-      meet<1>(128 * GROUPS);
+      for (int i = 0; i < AT_ONCE; i++) {
+        float* const mine = c + 4 * (o + i);
+        mine[0] += four[i].x;
+        mine[1] += four[i].y;
+        mine[2] += four[i].z;
+        mine[3] += four[i].w;
+      }
     }
+  }
+  return true;
 }
 
 // Queue the products of half a stage.
@@ -221,21 +281,13 @@ template <int TOKENS> __device__ __forceinline__ void queue(float* c, const u32 
 struct Stage { u32 barrier, x, word[2][2]; };
 
 // The product of this warpgroup's 64 rows with the tokens of `octets`.  low, high: levels of this lane's two rows, as `permute`
-// takes them.  digits: where in a stage this lane's first word stands.
-__device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 digits, u32 octets, int blocks, Place& place, u32 at,
-                                         u32 part, u32 parts, const Output& out) {
+// takes them.  digits: where in a stage this lane's first word stands.  blocks: of 64 columns, of this part.
+__device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 digits, u32 octets, int blocks, Place& place,
+                                         ChunkPlace about, float4* sums, int* arrived, const Output& out) {
   float c[SUMS];
 #pragma unroll
   for (int i = 0; i < SUMS; i++) c[i] = 0.f;
   u32 before = 0;  // the barrier of the stage before
-  auto pass = [&](u32 stages) {  // other warpgroups' stages
-#pragma unroll 1
-    for (; SHARE && stages; stages--) {
-      wait_barrier(place.full, place.parity);
-      arrive(place.full + EMPTY);
-      place.next();
-    }
-  };
   auto take = [&] {
     wait_barrier(place.full, place.parity);
     show_to_products();
@@ -260,34 +312,28 @@ __device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 di
     else if (octets <= 8) queue<64>(c, a, b);
     else queue<128>(c, a, b);
   };
-  const int stages = (blocks + 1) / 2, step = SHARE ? parts : 1;
   u32 a[2][4][4];
-  Stage next{};
-  pass(min(part, (u32)stages));
-  if ((int)part < stages) next = take();
+  Stage next = take();
 #pragma unroll 1
-  for (int i = part; i < stages; i += step) {
+  for (; blocks > 0; blocks -= 2) {
     const Stage stage = next;
     work(stage, 0, a[0]);
-    if (!SHARE && i + step < stages) next = take();
+    if (blocks > 2) next = take();
     wait_products<1>();  // of the stage before
     if (before) arrive(before + EMPTY);
     before = stage.barrier;
-    if (2 * i + 1 < blocks) {
+    if (blocks > 1) {
       work(stage, 1, a[1]);
       wait_products<1>();
-    }
-    if (SHARE) {
-      pass(min(step, stages - i) - 1);
-      if (i + step < stages) next = take();
     }
   }
   wait_products<0>();
 #pragma unroll
   for (int i = 0; i < SUMS; i++) hold(c[i]);
   if (before) arrive(before + EMPTY);
-  if (SHARE && parts > 1) add_parts(c, octets, part, parts);
-  if (part == 0) store(c, octets, at, out);
+  hold(about.number);
+  const u32 at = about.at(), parts = load_same(at + PARTS);
+  if (parts == 1 || add_parts(c, octets, at, parts, sums, arrived)) store(c, octets, at, out);
 }
 
 // Bring x of N tokens of this lane, of all blocks of columns, to the ring.  units: where they are, from `from` on, in units of 16
@@ -337,10 +383,11 @@ __device__ __forceinline__ void end_warp() {
 // Items first_item to first_item + max_items - 1, as far as there are.  slot: where the digits of an item's expert stand, as
 // decode_digits.cu leaves them, in units of slot_bytes; null where each item has its own, as items come.
 // item_first, item_count: the places of an item's tokens in slot_token (route.cu).
+// sums, arrived: for `add_parts`, two places for each block, and 0 for each block and group.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, u16* y, i64 y_stride, const float* scale, int relu,
                 int rows, int cols, const int* n_items, const int* item_expert, const int* item_first, const int* item_count,
-                const int* slot_token, const int* slot, int first_item, int max_items, i64 slot_bytes) {
+                const int* slot_token, const int* slot, int first_item, int max_items, i64 slot_bytes, float4* sums, int* arrived) {
   if ((u32)__cvta_generic_to_shared(shared) != SHARED_BASE) __trap();
   const int warp = __shfl_sync(FULL_WARP, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;  // known to be the same in all lanes
   const int blocks = (cols + 63) / 64;
@@ -361,7 +408,8 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
       const u32 to = 128 * t + 16 * (c ^ (t & 7)), stride = x_stride / 16;
       static_assert(ABREAST % 8 == 0, "a lane's places have the same 16 bytes of each row");
       for_known_chunks([&](const ChunkPlace& about, u32) {
-        const u32 count = load_shared(about.at() + COUNT);
+        const u32 count = load_shared(about.at() + COUNT), stage = load_same(about.at() + STAGE);
+        const int cols_here = min(cols - 128 * (int)stage, 128 * (int)load_same(about.at() + STAGES));
         u32 units[PASSES];
 #pragma unroll
         for (int i = 0; i < PASSES; i++) {
@@ -371,17 +419,18 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
         __syncwarp();  // all lanes have read what there is about the chunk
         if (lane == 0) arrive(about.full() + CHUNK_EMPTY);
         const u32 first = 4 * (warp - WARPS), passes = count > first ? (count - first + ABREAST - 1) / ABREAST : 0;
-        gather_in_passes<0>(passes, x, units, to, cols, place);
+        gather_in_passes<0>(passes, x + 256 * (u64)stage, units, to, cols_here, place);
       });
     } else if (warp == WARPS + X_WARPS) {
       if (lane == 0)
-        for_known_chunks([&](const ChunkPlace& about, u32 n) {
-          const u32 bytes = n * 1024;
-          const u8* from = digits + load_shared(about.at() + SLOT) * slot_bytes + (u64)load_shared(about.at() + GROUP) * 1024;
+        for_known_chunks<false>([&](const ChunkPlace& about, u32 n) {
+          const u32 bytes = n * 1024, stage = load_shared(about.at() + STAGE), end = stage + load_shared(about.at() + STAGES);
+          const u8* from = digits + load_shared(about.at() + SLOT) * slot_bytes;
+          from += ((u64)(2 * stage) * per_item + load_shared(about.at() + GROUP)) * 1024;
           arrive(about.full() + CHUNK_EMPTY);
 #pragma unroll 1
-          for (int block = 0; block < blocks; block += 2) {
-            const int halves = min(blocks - block, 2);
+          for (u32 i = stage; i < end; i++) {
+            const int halves = min(blocks - 2 * (int)i, 2);
             wait_barrier(place.full + EMPTY, place.parity ^ 1);
             arrive_and_expect(place.full, halves * bytes);
 #pragma unroll 1
@@ -394,7 +443,7 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
         });
     } else {
       // All that it asks memory for is on its way before anything waits for it: a chunk of short rows takes no longer.
-      ChunkPlace about{0, 0};
+      ChunkPlace about;
       auto tell = [&](const Chunk& chunk) {
         constexpr int TOKENS = MAX_TOKENS / 32;
         u32 level[2 * GROUPS]{}, at = 0, n_tokens = 0;
@@ -415,7 +464,7 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
 #pragma unroll
           for (int i = 0; i < TOKENS; i++) factor[i] = scale && token[i] >= 0 ? __ldg(scale + token[i]) : 1.f;
         }
-        wait_long(about.full() + CHUNK_EMPTY, about.parity ^ 1);
+        wait_long(about.full() + CHUNK_EMPTY, about.parity() ^ 1);
         u32* const to = (u32*)(shared + (about.at() - SHARED_BASE)) + lane;
 #pragma unroll
         for (int i = 0; i < 2 * GROUPS; i++) to[LEVELS / 4 + 32 * i] = level[i];
@@ -429,22 +478,28 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
           to[GROUP / 4] = chunk.group;
           to[COUNT / 4] = n_tokens;
           to[SLOT / 4] = at;
+          to[STAGE / 4] = chunk.stage;
+          to[STAGES / 4] = chunk.stages;
+          to[PART / 4] = chunk.part;
+          to[PARTS / 4] = chunk.parts;
+          to[FIRST / 4] = chunk.first;
+          to[INDEX / 4] = chunk.index;
         }
         arrive(about.full());
-        about.next();
+        about.number++;
       };
-      for_chunks(max(0, min(*n_items - first_item, max_items)), per_item, tell);
-      tell(Chunk{0, 0, 0});
+      for_chunks(max(0, min(*n_items - first_item, max_items)), per_item, (blocks + 1) / 2, tell);
+      tell(Chunk{});
     }
     end_warp();
   } else {
     take_registers<MANY>();
     const Output out{y, y_stride, relu ? 0.f : __uint_as_float(0xff800000u), rows, ((rows | y_stride) & 3) == 0 && ((u64)y & 7) == 0};
-    for_known_chunks([&](const ChunkPlace& about, u32 n) {
-      const u32 parts = SHARE ? GROUPS / n : 1, part = SHARE ? (warp >> 2) / n : (warp >> 2) >= n;
-      const u32 group = SHARE ? (warp >> 2) - part * n : warp >> 2;
-      if (part < parts) {
-        const u32 in_chunk = 64 * group + 16 * (warp & 3) + (lane >> 2);
+    for_known_chunks([&](ChunkPlace& about, u32 n) {
+      const u32 thread = thread_number(), group = __shfl_sync(FULL_WARP, thread >> 7, 0);
+      const u32 stage = load_same(about.at() + STAGE), stages = load_same(about.at() + STAGES);
+      if (group < n) {
+        const u32 in_chunk = 16 * (thread >> 5) + (thread >> 2 & 7);
         u32 low[2], high[2];  // zero, first bytes of the low and the high level, second byte of the low one; in byte 2 that of the high
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -452,18 +507,19 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
           low[i] = (pair << 8 & 0xff00u) | (pair & 0xff0000u) | (pair << 16 & 0xff000000u);
           high[i] = pair >> 8 & 0xff0000u;
         }
-        const u32 octets = (load_shared(about.at() + COUNT) + 7) / 8, words = 2 * X_BYTES + 16 * in_chunk + 4 * (lane & 3);
-        multiply(low, high, words, octets, blocks, place, about.at(), part, parts, out);
+        const u32 octets = (load_same(about.at() + COUNT) + 7) / 8, words = 2 * X_BYTES + 16 * in_chunk + 4 * (thread & 3);
+        multiply(low, high, words, octets, min(blocks - 2 * (int)stage, 2 * (int)stages), place, about, sums, arrived, out);
       } else {
 #pragma unroll 1
-        for (int block = 0; block < blocks; block += 2) {
+        for (u32 i = 0; i < stages; i++) {
           wait_barrier(place.full, place.parity);
           arrive(place.full + EMPTY);
           place.next();
         }
       }
-      __syncwarp();  // all lanes have read what there is about the chunk
-      if (lane == 0) arrive(about.full() + CHUNK_EMPTY);
+      hold(about.number);  // products need the registers of what it says
+      __syncwarp();        // all lanes have read what there is about the chunk
+      if ((thread_number() & 31) == 0) arrive(about.full() + CHUNK_EMPTY);
     });
     end_warp();
   }

@@ -1,11 +1,13 @@
 // CUDA on the host, as far as the kernels for digits and the quantizer's need it: the threads of a block are fibers that take
 // turns in random order; bulk copies arrive at random times; products of a warpgroup read their operands when they are waited
 // for, as late as Hopper may.  A block that no longer gets on is reported, as is an access beyond shared memory.
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <numeric>
 #include <random>
 #include <type_traits>
 #include <utility>
@@ -25,6 +27,7 @@ struct Dim3 { unsigned x, y, z; };
 struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
 struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
 
 static Dim3 gridDim, blockIdx, blockDim;
 static unsigned current, shared_size;
@@ -87,7 +90,7 @@ static Meeting block, named[16];
 static const uint64_t* meet_warp(uint64_t mine) { return warps[current / 32].meet(current % 32, 32, mine); }
 static void __syncthreads() { block.meet(current, blockDim.x, 0); }
 static void __syncwarp() { meet_warp(0); }
-template <int N> void meet(unsigned threads) { named[N].meet(current, threads, 0); }  // the first ones of the block
+static void meet_warpgroup() { named[1 + current / 128].meet(current % 128, 128, 0); }
 
 template <class T> T __shfl_sync(unsigned, T v, int from, int width = 32) {
   const int lane = current % 32;
@@ -105,6 +108,10 @@ static int __reduce_max_sync(unsigned, int v) {
   for (int i = 1; i < 32; i++) most = (int)(int64_t)all[i] > most ? (int)(int64_t)all[i] : most;
   return most;
 }
+static unsigned __reduce_min_sync(unsigned, unsigned v) {
+  const uint64_t* all = meet_warp(v);
+  return (unsigned)*std::min_element(all, all + 32);
+}
 static bool __any_sync(unsigned, bool v) {
   const uint64_t* all = meet_warp(v);
   bool any = false;
@@ -115,6 +122,10 @@ static bool __any_sync(unsigned, bool v) {
 // ---- arithmetic ----
 
 template <class T> T __ldg(const T* p) { return *p; }
+template <class T> T __ldcg(const T* p) { return *p; }
+template <class T> void __stcg(T* p, const T& v) { *p = v; }
+static void __threadfence() {}
+static float4 make_float4(float x, float y, float z, float w) { return float4{x, y, z, w}; }
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return uint4{x, y, z, w}; }
 static uint2 make_uint2(unsigned x, unsigned y) { return uint2{x, y}; }
 template <class A, class B> auto min(A a, B b) -> std::common_type_t<A, B> { return (std::common_type_t<A, B>)a < (std::common_type_t<A, B>)b ? a : b; }
@@ -270,7 +281,6 @@ static int atomicCAS(int* at, int old, int v) {
 static int atomicAdd(int* at, int v) { return (*at += v) - v; }
 
 static unsigned load_shared(unsigned address) { unsigned v; memcpy(&v, shared_at(address, 4), 4); return v; }
-static void store_shared(unsigned address, float v) { memcpy(shared_at(address, 4), &v, 4); }
 static unsigned transpose(unsigned two) {
   const uint64_t* all = meet_warp(two);
   const unsigned row = current % 32 / 4, first = current % 4 * 2;
@@ -369,8 +379,11 @@ static void run_grid(unsigned grid_x, unsigned grid_y, unsigned threads, unsigne
   dice.seed(seed);
   body = work;
   fibers.resize(threads);
-  for (unsigned y = 0; y < grid_y; y++)
-    for (unsigned x = 0; x < grid_x; x++) {
+  std::vector<unsigned> order(grid_x);
+  for (unsigned y = 0; y < grid_y; y++) {
+    std::iota(order.begin(), order.end(), 0u);
+    std::shuffle(order.begin(), order.end(), dice);  // one after the other, in any order
+    for (unsigned x : order) {
       blockIdx = Dim3{x, y, 0};
       memset(shared, 0xcd, sizeof shared);
       barriers.clear();
@@ -415,6 +428,7 @@ static void run_grid(unsigned grid_x, unsigned grid_y, unsigned threads, unsigne
       for (const auto& thread : pieces)
         if (!thread.empty()) fail("a thread's copy nobody waited for");
     }
+  }
 }
 
 // Returns what went wrong, or "".
