@@ -113,14 +113,9 @@ def _launch_decoder(
     )
 
 
-def _plan_decoder(
-    experts: GpuExperts, n_decoded: int, options: Options = _DEFAULT, *, least: int = 1
-) -> plan.DecodePlan | None:
-    """Plan for so many experts; None where the kernel does not fit their codewords, rows or levels.
-
-    least : rows per warp at least, where they fit
-    """
-    least = max(least, 32 // experts.layout.lanes if experts.layout is not None else 1)
+def _plan_decoder(experts: GpuExperts, n_decoded: int, options: Options = _DEFAULT) -> plan.DecodePlan | None:
+    """Plan for so many experts at most; None where the kernel does not fit their codewords, rows or levels."""
+    least = 32 // experts.layout.lanes if experts.layout is not None else 1
     rows = options.rows or plan.choose_decode_rows(n_decoded * experts.shape[1], least, modules.n_multiprocessors(experts.device))
     return experts.decode_plan(rows, options.warps, options.blocks)
 
@@ -162,7 +157,7 @@ def launch(
     if n_decoded * expert_bytes > SCRATCH_BYTES:
         n_decoded = at_once = min(at_once, max(1, SCRATCH_BYTES // expert_bytes))
     # How many there are is not known here: there may be so many if each has the least number of tokens. A quarter is the guess.
-    decoder = _plan_decoder(experts, min(n_decoded, -(-items.max_large // 4)), options, least=2)
+    decoder = _plan_decoder(experts, min(n_decoded, -(-items.max_large // 4)), options)
     if decoder is None:
         raise ValueError("digits need experts of 8-bit codewords whose rows fit into shared memory")
     multiply = _plan_product(experts, options)
