@@ -1,4 +1,5 @@
-"""Products of large items by way of two-bit digits: kernels/decode_digits.cu and kernels/multiply_digits.cu, for Hopper."""
+"""Decoding 8-bit codewords to rows or to two-bit digits (kernels/decode_digits.cu), and on Hopper products with such digits for
+large items (kernels/multiply_digits.cu)."""
 
 from __future__ import annotations
 
@@ -114,7 +115,7 @@ def _launch_decoder(
 
 
 def _plan_decoder(experts: GpuExperts, n_decoded: int, options: Options = _DEFAULT) -> plan.DecodePlan | None:
-    """Plan for so many experts at most; None where the kernel does not fit their codewords, rows or levels."""
+    """Plan for so many experts; None where the kernel does not fit their codewords, rows or levels."""
     least = 32 // experts.layout.lanes if experts.layout is not None else 1
     rows = options.rows or plan.choose_decode_rows(n_decoded * experts.shape[1], least, modules.n_multiprocessors(experts.device))
     return experts.decode_plan(rows, options.warps, options.blocks)

@@ -277,7 +277,9 @@ def plan_decode(
     while warps:
         here = max(rows, least)
         while here >= least:
-            for copies in (16, 8, 4) if here > 2 else (4 * here, 4):  # filling it takes as long as a row or two
+            for copies in (16, 8, 4):
+                if copies > 4 * here:  # to fill them takes as long as a row or two
+                    continue
                 shared = 2048 * form.n_words * copies + 4 * here * warps * pitch
                 if shared <= limit:
                     # No more than `blocks` fit: started early, they would crowd where the kernel before has ended.
@@ -322,6 +324,7 @@ def plan_multiply(groups: int, *, max_shared_bytes: int, slots: int = 0) -> Mult
     slots : 0 for as many as fit
     """
     slot = 2 * (128 * DIGITS_TOKENS + 1024 * groups) + 16  # and two barriers
+    # The kernel's CHUNKS: places for four chunks with two barriers each, and what follows them.
     other = 4 * (256 * groups + 8 * DIGITS_TOKENS + 48 + 16) + 32
     slots = slots or (max_shared_bytes - other) // slot
     return MultiplyPlan(groups, slots, slots * slot + other)

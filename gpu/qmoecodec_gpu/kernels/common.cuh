@@ -73,6 +73,14 @@ __device__ __forceinline__ Levels read_levels(const void* levels, u64 row) {
   return to_levels(__ldg((const LevelPair*)levels + row));
 }
 
+// The two 16-bit levels of a row, as bytes that a permutation selects from: digit d takes bytes d and 3 d.  low: zero, first bytes of the
+// low and the high level, second byte of the low one; in byte 2 of `high` that of the high one.
+struct LevelBytes {
+  u32 low, high;
+  __device__ __forceinline__ explicit LevelBytes(u32 pair)  // the low level in the lower half
+      : low((pair << 8 & 0xff00u) | (pair & 0xff0000u) | (pair << 16 & 0xff000000u)), high(pair >> 8 & 0xff0000u) {}
+};
+
 // What a matvec does with a finished sum.
 struct Epilogue {
   const float* scale;  // per token, or null

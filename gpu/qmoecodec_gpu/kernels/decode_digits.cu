@@ -18,6 +18,7 @@
 //     out, 16 bytes of each row side by side, in the order above, clearing behind it.  Warps wait for each other only when the
 //     dictionary changes, so some decode, which keeps shared memory busy, while others wait for codewords or move digits.
 //  3. While a row is decoded, the next row's codewords are on their way; the next tile's first while this one's digits leave.
+//  4. Where there is one dictionary, its table is filled while the kernel before ends.
 //
 // Trusts what gather.cu trusts.
 #include "common.cuh"
@@ -213,17 +214,13 @@ __device__ __forceinline__ uint4 in_order(const uint4& v) {
 // Four digits of two bits, one in each byte.
 __device__ __forceinline__ u32 in_bytes(u32 digits) { return ((digits & 0xffu) * 0x1001u & 0x000f000fu) * 0x41u & 0x03030303u; }
 
-// The levels of a row, as bytes to select from.  low: zero, first bytes of the low and the high one, second byte of the low one; in
-// byte 2 of `high` that of the high one: digit d takes bytes d and 3 d of the two.
-struct LevelBytes { u32 low, high; };
-
+// The levels of a row, where they are asked for.
 __device__ __forceinline__ LevelBytes read_level_bytes(const void* levels, u64 row) {
 #if OUT_BYTES == 2
   const Levels level = read_levels(levels, row);
-  const u32 pair = float_to_half(level.low, X_F16) | (u32)float_to_half(level.high, X_F16) << 16;
-  return LevelBytes{(pair << 8 & 0xff00u) | (pair & 0xff0000u) | (pair << 16 & 0xff000000u), pair >> 8 & 0xff0000u};
+  return LevelBytes(float_to_half(level.low, X_F16) | (u32)float_to_half(level.high, X_F16) << 16);
 #else
-  return LevelBytes{0, 0};
+  return LevelBytes(0);
 #endif
 }
 
@@ -243,7 +240,8 @@ __device__ __forceinline__ uint4 to_output(u32 digits, const LevelBytes& level) 
   return make_uint4(out[0], out[1], out[2], out[3]);
 }
 
-// Write a warp's rows, from `first` on, to out, where the first of them begins; digits: theirs, in the columns' own order.
+// Write n rows of a warp to `out`, where the first of them begins.  digits: theirs, in the columns' own order; level_row: where the
+// levels of the first stand.
 __device__ __forceinline__ void write_rows(const u32* digits, int pitch, const void* levels, u64 level_row, int n, int cols, u8* out) {
   constexpr int EACH = 16 / OUT_BYTES;
   const int lane = threadIdx.x & 31;

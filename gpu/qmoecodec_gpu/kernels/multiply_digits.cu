@@ -116,6 +116,7 @@ template <class Work> __device__ __forceinline__ void for_chunks(u32 items, u32 
 
   // The rest: chunks are cut into pieces of fewer groups, and the stages of all pieces dealt out to `blocks` blocks.  Each lane
   // estimates, in ns, one number of pieces of a chunk and of parts of a piece; lane 31, all blocks alike, whose parts fall as they may.
+  // The constants are near to what 16 to 128 tokens take on an H200; they decide about time alone.
   constexpr u32 ALIKE = 31, MOST_PARTS = 8;
   const u32 lane = threadIdx.x & 31, few = min(stages, 100000u), k = lane / MOST_PARTS + 1, parts_of_piece = lane % MOST_PARTS + 1;
   u32 ns = 1u << 26;
@@ -280,8 +281,7 @@ template <int TOKENS> __device__ __forceinline__ void queue(float* c, const u32 
 // A stage that is there: its barrier, where its x stands, and for each half this lane's digits of two rows.
 struct Stage { u32 barrier, x, word[2][2]; };
 
-// The product of this warpgroup's 64 rows with the tokens of `octets`.  low, high: levels of this lane's two rows, as `permute`
-// takes them.  digits: where in a stage this lane's first word stands.  blocks: of 64 columns, of this part.
+// The product of this warpgroup's 64 rows with the tokens of `octets`.  low, high: levels of this lane's two rows (LevelBytes).  digits: where in a stage this lane's first word stands.  blocks: of 64 columns, of this part.
 __device__ __forceinline__ void multiply(const u32* low, const u32* high, u32 digits, u32 octets, int blocks, Place& place,
                                          ChunkPlace about, float4* sums, int* arrived, const Output& out) {
   float c[SUMS];
@@ -500,12 +500,12 @@ multiply_digits(const u8* digits, const u32* levels, const u8* x, i64 x_stride, 
       const u32 stage = load_same(about.at() + STAGE), stages = load_same(about.at() + STAGES);
       if (group < n) {
         const u32 in_chunk = 16 * (thread >> 5) + (thread >> 2 & 7);
-        u32 low[2], high[2];  // zero, first bytes of the low and the high level, second byte of the low one; in byte 2 that of the high
+        u32 low[2], high[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-          const u32 pair = load_shared(about.at() + LEVELS + 4 * in_chunk + 32 * i);
-          low[i] = (pair << 8 & 0xff00u) | (pair & 0xff0000u) | (pair << 16 & 0xff000000u);
-          high[i] = pair >> 8 & 0xff0000u;
+          const LevelBytes level(load_shared(about.at() + LEVELS + 4 * in_chunk + 32 * i));
+          low[i] = level.low;
+          high[i] = level.high;
         }
         const u32 octets = (load_same(about.at() + COUNT) + 7) / 8, words = 2 * X_BYTES + 16 * in_chunk + 4 * (thread & 3);
         multiply(low, high, words, octets, min(blocks - 2 * (int)stage, 2 * (int)stages), place, about, sums, arrived, out);
